@@ -9,6 +9,8 @@ weights of two copies. `reference` is the bare network calls of the public demo 
 backward passes on three networks, without its text encoder, optimizer and bookkeeping. Conditions are random tensors
 of the true shapes. On a CPU the networks have few of their blocks, at true width, and small states (a U-Net has its
 first two blocks). There only ratios mean anything: next to narrow networks an adapter of rank 32 would look expensive.
+Seconds on a CPU are those of its threads. `flux2` is FLUX.2-klein-4B, `wan` Wan 2.1-1.3B; on a CPU their texts have few
+tokens, too. Three copies of `flux2` take more memory than that machine has.
 """
 
 import argparse
@@ -16,7 +18,6 @@ import gc
 import json
 import shlex
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,26 +27,37 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLCogVideoX,
+    AutoencoderKLFlux2,
+    AutoencoderKLWan,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from fewstep.backbones.base import Backbone
-from fewstep.backbones.load import around
+from fewstep.backbones.load import around, at_size
+from fewstep.backbones.sizes import Size
+from fewstep.core import timegrid
 from fewstep.core.guidance import Guidance
 from fewstep.data.prompts import Embeddings
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
-from records import Facts, Record, about, machine, markdown, new_record, origin, stored_rows, write_record
+from records import CLOCK, Facts, Record, about, machine, markdown, new_record, origin, stored_rows, write_record
 
 TABLE: dict[str, Any] = {
     "beta_start": 0.00085,
@@ -62,6 +74,7 @@ class Family:
     build: Callable[[bool], Any]  # True: with few blocks
     cond: Callable[[Any], Mapping[str, tuple[int, ...]]]
     batch: int
+    small_size: Size | None = None  # with few blocks; None: as the networks' settings have it
 
 
 def vae() -> AutoencoderKL:
@@ -74,6 +87,18 @@ def vae() -> AutoencoderKL:
     )
 
 
+def clip(width: int, projected: bool = False) -> CLIPTextModel | CLIPTextModelWithProjection:
+    """Return a text encoder that never runs; only its width counts."""
+    few = {"intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8}
+    config = CLIPTextConfig(hidden_size=width, projection_dim=width, **few)
+    return CLIPTextModelWithProjection(config) if projected else CLIPTextModel(config)
+
+
+def t5(width: int = 4096) -> T5EncoderModel:
+    """Return a text encoder that never runs; only its width counts."""
+    return T5EncoderModel(T5Config(d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1, vocab_size=8))
+
+
 def sd15(small: bool) -> StableDiffusionPipeline:
     """Return Stable Diffusion 1.5 with random weights."""
     few: dict[str, Any] = {
@@ -83,7 +108,7 @@ def sd15(small: bool) -> StableDiffusionPipeline:
     }
     unet = UNet2DConditionModel(sample_size=16 if small else 64, cross_attention_dim=768, **(few if small else {}))
     return StableDiffusionPipeline(
-        vae(), None, None, unet, DDIMScheduler(**TABLE), None, None, requires_safety_checker=False
+        vae(), clip(768), None, unet, DDIMScheduler(**TABLE), None, None, requires_safety_checker=False
     )
 
 
@@ -113,7 +138,8 @@ def sdxl(small: bool) -> StableDiffusionXLPipeline:
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     }
     unet = UNet2DConditionModel(**both, **(few if small else true))
-    return StableDiffusionXLPipeline(vae(), None, None, None, None, unet, DDIMScheduler(**TABLE), add_watermarker=False)
+    texts = clip(768), clip(1280, projected=True), None, None
+    return StableDiffusionXLPipeline(vae(), *texts, unet, DDIMScheduler(**TABLE), add_watermarker=False)
 
 
 def pixart(small: bool) -> PixArtAlphaPipeline:
@@ -129,7 +155,7 @@ def pixart(small: bool) -> PixArtAlphaPipeline:
     few: dict[str, Any] = {"sample_size": 16, "num_layers": 4}
     true: dict[str, Any] = {"sample_size": 128, "num_layers": 28, "use_additional_conditions": True}
     transformer = PixArtTransformer2DModel(**both, **(few if small else true))
-    return PixArtAlphaPipeline(None, None, vae(), transformer, DDIMScheduler(**TABLE))
+    return PixArtAlphaPipeline(None, t5(), vae(), transformer, DDIMScheduler(**TABLE))
 
 
 def cogvideox(small: bool) -> CogVideoXPipeline:
@@ -146,7 +172,30 @@ def cogvideox(small: bool) -> CogVideoXPipeline:
     scheduler = CogVideoXDDIMScheduler(
         **TABLE, prediction_type="v_prediction", snr_shift_scale=3.0, rescale_betas_zero_snr=True, clip_sample=False
     )
-    return CogVideoXPipeline(None, None, codec, transformer, scheduler)
+    return CogVideoXPipeline(None, t5(), codec, transformer, scheduler)
+
+
+def flux2(small: bool) -> Flux2KleinPipeline:
+    """Return FLUX.2-klein-4B with random weights."""
+    codec = AutoencoderKLFlux2(block_out_channels=(8, 8, 8, 8), norm_num_groups=8, layers_per_block=1)
+    transformer = Flux2Transformer2DModel(
+        num_layers=1 if small else 5,
+        num_single_layers=1 if small else 20,
+        num_attention_heads=24,
+        joint_attention_dim=7680,
+        guidance_embeds=False,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    return Flux2KleinPipeline(scheduler, codec, None, None, transformer)
+
+
+def wan(small: bool) -> WanPipeline:
+    """Return Wan 2.1-1.3B with random weights."""
+    transformer = WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=2 if small else 30)
+    codec = AutoencoderKLWan(base_dim=8, num_res_blocks=1)
+    with torch.device("cpu"):  # it copies its table there
+        scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return WanPipeline(None, t5(), codec, scheduler, transformer)
 
 
 def sdxl_cond(pipe: Any) -> Mapping[str, tuple[int, ...]]:
@@ -161,11 +210,25 @@ def cogvideox_cond(pipe: Any) -> Mapping[str, tuple[int, ...]]:
     return {"text": (pipe.transformer.config.max_text_seq_length, pipe.transformer.config.text_embed_dim)}
 
 
+def flux2_cond(pipe: Any) -> Mapping[str, tuple[int, ...]]:
+    """Return the shape of FLUX.2's condition."""
+    config = pipe.transformer.config
+    return {"text": (512 if config.num_layers > 2 else 16, config.joint_attention_dim)}
+
+
+def wan_cond(pipe: Any) -> Mapping[str, tuple[int, ...]]:
+    """Return the shape of Wan's condition."""
+    config = pipe.transformer.config
+    return {"text": (512 if config.num_layers > 2 else 16, config.text_dim)}
+
+
 FAMILIES = {
     "sd15": Family(sd15, lambda p: {"text": (77, p.unet.config.cross_attention_dim)}, 4),
     "sdxl": Family(sdxl, sdxl_cond, 1),
     "pixart": Family(pixart, lambda p: {"text": (120, p.transformer.config.caption_channels), "mask": (120,)}, 1),
     "cogvideox": Family(cogvideox, cogvideox_cond, 1),
+    "flux2": Family(flux2, flux2_cond, 1, small_size=64),
+    "wan": Family(wan, wan_cond, 1, small_size="64x64x5"),
 }
 ARRANGEMENTS = ("one base", "three copies", "reference")
 
@@ -174,7 +237,7 @@ def clock(device: torch.device) -> float:
     """Return the time in seconds, after all work of the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return CLOCK()
 
 
 def least(run: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -212,7 +275,7 @@ def by_role(roles: Roles, data: Embeddings, batch: int, device: torch.device, re
     backbone = roles.backbone
     cond, null = data.draw(batch, torch.Generator().manual_seed(0), device), data.unconditional(device)
     x = torch.randn(batch, *backbone.shape, device=device)
-    t = torch.full((batch,), 499.0, dtype=torch.float64, device=device)
+    t = timegrid.uniform(backbone.schedule, 2)[1].to(device).expand(batch)
 
     def trained(role: Any) -> list[Tensor | None]:
         value = roles.denoise(role, cond)(x, t).x0.sum()
@@ -264,7 +327,7 @@ def measure(name: str, arrangement: str, a: argparse.Namespace, device: torch.de
     pipe = family.build(small)
     denoiser = pipe.unet if "unet" in pipe.components else pipe.transformer
     denoiser.to(device, dtype if share else torch.float32)
-    backbone = around(pipe, name)
+    backbone = at_size(around(pipe, name), family.small_size if small else None)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     roles = make_roles(backbone, RolesConfig(lora=share, rank=a.rank, checkpointing=a.checkpointing))

@@ -1,14 +1,18 @@
 """Folders of configurations without weights, at the true sizes of the models that the recipes name.
 
-    python benchmarks/configurations.py FOLDER    # FOLDER/sd15, sdxl, pixart, cogvideox: for `fewstep plan --teacher`
+    python benchmarks/configurations.py FOLDER               # FOLDER/sd15, sdxl, ...: for `fewstep plan --teacher`
+    python benchmarks/configurations.py FOLDER sd15 flux     # these alone
 
-Networks, schedulers and lengths of prompts are those of the published models; tokenizers know a few words.
+Networks, schedulers and lengths of prompts are those of the published models; tokenizers know a few words. Comments
+mark what is not known for sure; none of it changes a size in memory.
 """
 
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from transformers import Qwen2Tokenizer
 
 from fewstep.atomic import write_json
 from fewstep.backbones.miniature import word_tokenizer
@@ -19,7 +23,7 @@ FOUR = 4  # levels of the autoencoders
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
 
-def autoencoder(size: int, scale: float) -> Part:
+def autoencoder(size: int, scale: float, **settings: Any) -> Part:
     return (
         "diffusers",
         "AutoencoderKL",
@@ -31,8 +35,15 @@ def autoencoder(size: int, scale: float) -> Part:
             "latent_channels": 4,
             "sample_size": size,
             "scaling_factor": scale,
+            **settings,
         },
     )
+
+
+def sixteen(scale: float, shift: float) -> Part:
+    """Return an autoencoder of 16 channels."""
+    quantless = {"use_quant_conv": False, "use_post_quant_conv": False}
+    return autoencoder(1024, scale, latent_channels=16, shift_factor=shift, **quantless)
 
 
 def clip(width: int, layers: int, heads: int, projected: bool, act: str = "quick_gelu") -> Part:
@@ -72,12 +83,149 @@ T5 = (
         "tie_word_embeddings": False,
     },
 )
-CLIP_TOKENIZER: Part = ("transformers", "CLIPTokenizer", {})
-T5_TOKENIZER: Part = ("transformers", "T5Tokenizer", {})
+UMT5 = (
+    "transformers",
+    "UMT5EncoderModel",
+    {
+        **T5[2],
+        "model_type": "umt5",
+        "vocab_size": 256384,
+        "decoder_start_token_id": 0,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    },
+)
+CLIP_TOKENIZER: Part = ("transformers", "CLIPTokenizer", {"length": 77})
+QWEN_TOKENIZER: Part = (
+    "transformers",
+    "Qwen2Tokenizer",
+    {
+        "length": 4096,
+        "template": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    },
+)
+MISTRAL_TOKENIZER: Part = (
+    "transformers",
+    "Qwen2Tokenizer",
+    {
+        "length": 4096,
+        "template": "{% for m in messages %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}\n{% endfor %}",
+    },
+)
+
+
+def t5_tokenizer(length: int) -> Part:
+    return "transformers", "T5Tokenizer", {"length": length}
+
+
+def language_model(
+    width: int, hidden: int, layers: int, heads: int, kv: int, vocab: int, **settings: Any
+) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "head_dim": 128,
+        "vocab_size": vocab,
+        "max_position_embeddings": 40960,
+        **settings,
+    }
+
+
+def qwen3(kind: str, width: int, hidden: int) -> Part:
+    own = language_model(width, hidden, 36, 32, 8, 151936)
+    return "transformers", kind, {"model_type": "qwen3", **own, "tie_word_embeddings": (width, hidden) == QWEN_4B}
+
+
+QWEN_4B, QWEN_8B = (2560, 9728), (4096, 12288)
+SEEN = {
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+}
+QWEN_25_VL = (
+    "transformers",
+    "Qwen2_5_VLForConditionalGeneration",
+    {
+        "model_type": "qwen2_5_vl",
+        "text_config": {
+            "model_type": "qwen2_5_vl_text",
+            **language_model(3584, 18944, 28, 28, 4, 152064),
+            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        },
+        "vision_config": {
+            "model_type": "qwen2_5_vl",
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "out_hidden_size": 3584,
+        },
+        "tie_word_embeddings": False,
+        **SEEN,
+    },
+)
+QWEN_3_VL = (
+    "transformers",
+    "Qwen3VLModel",
+    {
+        "model_type": "qwen3_vl",
+        "text_config": {
+            "model_type": "qwen3_vl_text",
+            **language_model(*QWEN_4B, 36, 32, 8, 151936),
+            "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20]},
+        },
+        "vision_config": {
+            "model_type": "qwen3_vl",
+            "depth": 24,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_heads": 16,
+            "out_hidden_size": 2560,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [5, 11, 17],
+        },
+        "tie_word_embeddings": True,
+        **SEEN,
+    },
+)
+MISTRAL = (
+    "transformers",
+    "Mistral3ForConditionalGeneration",
+    {
+        "model_type": "mistral3",
+        "text_config": {"model_type": "mistral", **language_model(5120, 32768, 40, 32, 8, 131072)},
+        "vision_config": {
+            "model_type": "pixtral",
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "head_dim": 64,
+            "image_size": 1540,
+            "patch_size": 14,
+        },
+        "image_token_index": 10,
+        "tie_word_embeddings": False,
+    },
+)
 
 
 def scheduler(kind: str, **settings: Any) -> Part:
     return "diffusers", kind, {**NOISE, **settings}
+
+
+def flow(**settings: Any) -> Part:
+    return "diffusers", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0, **settings}
+
+
+def shifting(**settings: Any) -> Part:
+    """Return a scheduler whose shift depends on the size."""
+    return flow(**{"use_dynamic_shifting": True, "max_shift": 1.15, **settings})
 
 
 def unet(**settings: Any) -> Part:
@@ -114,7 +262,7 @@ SDXL = {
 }
 PIXART = {
     "text_encoder": T5,
-    "tokenizer": T5_TOKENIZER,
+    "tokenizer": t5_tokenizer(120),
     "transformer": (
         "diffusers",
         "PixArtTransformer2DModel",
@@ -137,7 +285,7 @@ PIXART = {
 }
 COGVIDEOX = {
     "text_encoder": T5,
-    "tokenizer": T5_TOKENIZER,
+    "tokenizer": t5_tokenizer(226),
     "transformer": (
         "diffusers",
         "CogVideoXTransformer3DModel",
@@ -153,28 +301,175 @@ COGVIDEOX = {
         timestep_spacing="trailing",
     ),
 }
-ABSENT = [None, None]  # a part that the pipeline may lack
-PIPELINES: dict[str, tuple[str, Mapping[str, Part], Mapping[str, Any], int]] = {
-    "sd15": ("StableDiffusionPipeline", SD15, {"feature_extractor": ABSENT, "safety_checker": ABSENT}, 77),
-    "sdxl": ("StableDiffusionXLPipeline", SDXL, {"force_zeros_for_empty_prompt": True}, 77),
-    "pixart": ("PixArtAlphaPipeline", PIXART, {}, 120),
-    "cogvideox": ("CogVideoXPipeline", COGVIDEOX, {}, 226),
+
+
+def sd35(layers: int, places: int, dual: int) -> Mapping[str, Part]:
+    """Return Stable Diffusion 3.5; `dual` blocks attend to the image twice."""
+    return {
+        "text_encoder": clip(768, 12, 12, True),
+        "text_encoder_2": clip(1280, 32, 20, True, "gelu"),
+        "text_encoder_3": T5,
+        "tokenizer": CLIP_TOKENIZER,
+        "tokenizer_2": CLIP_TOKENIZER,
+        "tokenizer_3": t5_tokenizer(256),
+        "transformer": (
+            "diffusers",
+            "SD3Transformer2DModel",
+            {
+                "num_layers": layers,
+                "num_attention_heads": layers,
+                "caption_projection_dim": 64 * layers,
+                "pos_embed_max_size": places,
+                "dual_attention_layers": list(range(dual)),
+                "qk_norm": "rms_norm",
+            },
+        ),
+        "vae": sixteen(1.5305, 0.0609),
+        "scheduler": flow(),
+    }
+
+
+FLUX = {
+    "text_encoder": clip(768, 12, 12, False),
+    "text_encoder_2": T5,
+    "tokenizer": CLIP_TOKENIZER,
+    "tokenizer_2": t5_tokenizer(512),
+    "transformer": ("diffusers", "FluxTransformer2DModel", {"guidance_embeds": True}),
+    "vae": sixteen(0.3611, 0.1159),
+    "scheduler": shifting(),
 }
-TOKENIZERS: dict[str, Callable[[int], Any]] = {
-    "CLIPTokenizer": lambda length: word_tokenizer(("a photo of a red fox",), 600, length),
+
+
+def flux2(encoder: Part, tokenizer: Part, **settings: Any) -> Mapping[str, Part]:
+    return {
+        "text_encoder": encoder,
+        "tokenizer": tokenizer,
+        "transformer": ("diffusers", "Flux2Transformer2DModel", settings),
+        "vae": ("diffusers", "AutoencoderKLFlux2", {}),
+        "scheduler": shifting(),
+    }
+
+
+def klein(size: tuple[int, int], double: int, single: int, heads: int) -> Mapping[str, Part]:
+    layers = {"num_layers": double, "num_single_layers": single, "num_attention_heads": heads}
+    told = {"joint_attention_dim": 3 * size[0], "guidance_embeds": False}
+    return flux2(qwen3("Qwen3ForCausalLM", *size), QWEN_TOKENIZER, **layers, **told)
+
+
+QWENIMAGE = {
+    "text_encoder": QWEN_25_VL,
+    "tokenizer": QWEN_TOKENIZER,
+    "transformer": ("diffusers", "QwenImageTransformer2DModel", {}),
+    "vae": ("diffusers", "AutoencoderKLQwenImage", {}),
+    "scheduler": shifting(max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02),
+}
+ZIMAGE = {
+    "text_encoder": qwen3("Qwen3Model", *QWEN_4B),
+    "tokenizer": QWEN_TOKENIZER,
+    "transformer": ("diffusers", "ZImageTransformer2DModel", {}),
+    "vae": sixteen(0.3611, 0.1159),
+    "scheduler": flow(shift=6.0),  # of the base model, not known for sure; the turbo model's is 3
+}
+KREA2 = {
+    "text_encoder": QWEN_3_VL,
+    "tokenizer": QWEN_TOKENIZER,
+    "transformer": ("diffusers", "Krea2Transformer2DModel", {}),
+    "vae": ("diffusers", "AutoencoderKLQwenImage", {}),
+    "scheduler": shifting(max_image_seq_len=6400),
+}
+
+
+def wan(heads: int, hidden: int, layers: int, networks: int = 1, channels: int = 16, **vae: Any) -> Mapping[str, Part]:
+    transformer: Part = (
+        "diffusers",
+        "WanTransformer3DModel",
+        {
+            "num_attention_heads": heads,
+            "ffn_dim": hidden,
+            "num_layers": layers,
+            "in_channels": channels,
+            "out_channels": channels,
+        },
+    )
+    return {
+        "text_encoder": UMT5,
+        "tokenizer": t5_tokenizer(512),
+        "transformer": transformer,
+        **({"transformer_2": transformer} if networks > 1 else {}),
+        "vae": ("diffusers", "AutoencoderKLWan", vae),
+        "scheduler": (
+            "diffusers",
+            "UniPCMultistepScheduler",
+            # 3 is for 480p, 5 for 720p and for 2.2-5B: which of them the hub has is not known for sure
+            {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
+        ),
+    }
+
+
+WIDE = {  # Wan 2.2-5B's autoencoder; the statistics of its latents are not known here
+    "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12,
+    "patch_size": 2, "scale_factor_spatial": 16, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48,
+}  # fmt: skip
+ABSENT = [None, None]  # a part that the pipeline may lack
+UNDISTILLED = {"is_distilled": False}
+ONE = {"transformer_2": ABSENT, "boundary_ratio": None, "expand_timesteps": False}
+PIPELINES: dict[str, tuple[str, Mapping[str, Part], Mapping[str, Any]]] = {
+    "sd15": ("StableDiffusionPipeline", SD15, {"feature_extractor": ABSENT, "safety_checker": ABSENT}),
+    "sdxl": ("StableDiffusionXLPipeline", SDXL, {"force_zeros_for_empty_prompt": True}),
+    "pixart": ("PixArtAlphaPipeline", PIXART, {}),
+    "cogvideox": ("CogVideoXPipeline", COGVIDEOX, {}),
+    "sd35m": ("StableDiffusion3Pipeline", sd35(24, 384, 13), {}),
+    "sd35l": ("StableDiffusion3Pipeline", sd35(38, 192, 0), {}),
+    "flux": ("FluxPipeline", FLUX, {}),
+    "flux2-klein-4b": ("Flux2KleinPipeline", klein(QWEN_4B, 5, 20, 24), UNDISTILLED),
+    "flux2-klein-9b": ("Flux2KleinPipeline", klein(QWEN_8B, 8, 24, 32), UNDISTILLED),
+    "flux2-dev": ("Flux2Pipeline", flux2(MISTRAL, MISTRAL_TOKENIZER), {}),
+    "qwenimage": ("QwenImagePipeline", QWENIMAGE, {}),
+    "zimage": ("ZImagePipeline", ZIMAGE, {}),
+    "krea2": (
+        "Krea2Pipeline",
+        KREA2,
+        {**UNDISTILLED, "patch_size": 2, "text_encoder_select_layers": list(range(2, 36, 3))},
+    ),
+    "wan21": ("WanPipeline", wan(12, 8960, 30), ONE),
+    "wan21-14b": ("WanPipeline", wan(40, 13824, 40), ONE),
+    "wan22-5b": ("WanPipeline", wan(24, 14336, 30, channels=48, **WIDE), {**ONE, "expand_timesteps": True}),
+    "wan22-a14b": (
+        "WanPipeline",
+        wan(40, 13824, 40, networks=2),
+        {"boundary_ratio": 0.875, "expand_timesteps": False},
+    ),
+}
+WORDS = ("a photo of a red fox",)
+
+
+def qwen_tokenizer(length: int, template: str) -> Any:
+    """Return printable bytes, a few words, and the marks of Qwen's conversations."""
+    marks = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    known = word_tokenizer(WORDS, 600, length).get_vocab()
+    pieces = sorted(p for p in known if not p.endswith("</w>") and not p.startswith("<|"))
+    vocab = {p: i for i, p in enumerate([*pieces, *marks])}
+    made = Qwen2Tokenizer(vocab=vocab, merges=[], model_max_length=length, pad_token=marks[2], eos_token=marks[1])
+    made.chat_template = template
+    return made
+
+
+TOKENIZERS: dict[str, Callable[..., Any]] = {
+    "CLIPTokenizer": lambda length: word_tokenizer(WORDS, 600, length),
     "T5Tokenizer": lambda length: letter_tokenizer((), length),
+    "Qwen2Tokenizer": qwen_tokenizer,
 }
 
 
 def write(name: str, folder: Path) -> Path:
     """Write a model's configurations, and return their folder."""
-    kind, parts, settings, length = PIPELINES[name]
+    kind, parts, settings = PIPELINES[name]
     place = folder / name
     index = {"_class_name": kind, **settings, **{n: [library, called] for n, (library, called, _) in parts.items()}}
     write_json(place / "model_index.json", index)
     for part, (_, called, config) in parts.items():
         if called in TOKENIZERS:
-            TOKENIZERS[called](length).save_pretrained(place / part)
+            TOKENIZERS[called](**config).save_pretrained(place / part)
         else:
             file = "scheduler_config.json" if part == "scheduler" else "config.json"
             write_json(place / part / file, {"_class_name": called, **config})
@@ -182,5 +477,5 @@ def write(name: str, folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    for name in PIPELINES:
+    for name in sys.argv[2:] or PIPELINES:
         print(write(name, Path(sys.argv[1])))

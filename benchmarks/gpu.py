@@ -18,6 +18,7 @@ Stages:
   with deterministic algorithms.
 - `sdxl`: SDXL at 1024, in the batch of its recipe and in the plan's, with an allocator that gives no more than 24 GiB.
 - `pixart`, `cogvideox`: PixArt-alpha at 1024 in both batches, CogVideoX-2B with 49 frames of 480x720.
+- `flux2`, `wan`: FLUX.2-klein-4B at 1024, Wan 2.1-1.3B with 81 frames of 832x480.
 - `resume`: a training of SD 1.5 is killed and resumed, and compared with one that was not: bit for bit with
   `train.deterministic`, to rounding without.
 - `teacher`: the training of a teacher like the bundled one, four times as wide.
@@ -53,7 +54,7 @@ from torch import Tensor, nn
 import backbones
 from fewstep.backbones import miniature
 from fewstep.backbones.base import Backbone
-from fewstep.backbones.load import around
+from fewstep.backbones.load import around, at_size
 from fewstep.backbones.parts import default_dtype
 from fewstep.core import timegrid
 from fewstep.methods.distribution_matching import DistributionMatching
@@ -82,7 +83,8 @@ GIB = 2**30
 METHOD = DistributionMatching(steps=4, warmup=0)
 CHECKPOINTED, KEPT = "one base, checkpointing", "one base"
 RECIPES_BATCH = 4  # of SDXL and PixArt
-CARDS = {"sd15": 10, "sdxl": 24, "pixart": 16, "cogvideox": 40}  # GB of the smallest card that a LoRA is to fit
+CARDS = {"sd15": 10, "sdxl": 24, "pixart": 16, "cogvideox": 40, "flux2": 24, "wan": 24}  # GB that a LoRA is to fit
+PLANNED = {"flux2": "flux2-klein-4b", "wan": "wan21"}  # names in memory.json, where they are others
 MOST_RATIO, MOST_READS = 1.10, 3
 READY = "ready"  # file of a training that waits to be killed
 WARM_UP, MEASURED = 2, 5  # iterations
@@ -114,17 +116,22 @@ def built(name: str, place: Place) -> Backbone:
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)  # its table is needed on the CPU
     for part in (pipe.vae, pipe.unet if "unet" in pipe.components else pipe.transformer):
         part.requires_grad_(False).eval()
-    return around(pipe, name)
+    return at_size(around(pipe, name), pipelines().SIZES.get(name) if place.tiny else None)
 
 
 def tiny_pipeline(name: str) -> Any:
     """Return the pipeline of the family with which the tests work."""
+    return pipelines().FAMILIES[{"sd15": "sd"}.get(name, name)]()
+
+
+def pipelines() -> Any:
+    """Return the module of the tests' tiny pipelines."""
     sys.path.append(str(ROOT))
     try:
-        from tests import pipelines
+        from tests import pipelines as module
     finally:
         sys.path.remove(str(ROOT))
-    return pipelines.FAMILIES[{"sd15": "sd"}.get(name, name)]()
+    return module
 
 
 def trained(
@@ -199,7 +206,8 @@ def trained(
 def planned(name: str, batch: int, arrangement: str) -> int | None:
     """Return the bytes that were counted without a GPU, None for a batch that was not."""
     rows = stored_rows(Path(__file__).with_name("memory.json"))
-    same = [r for r in rows if (r["family"], r["batch"], r["arrangement"]) == (name, batch, arrangement)]
+    wanted = PLANNED.get(name, name), batch, arrangement
+    same = [r for r in rows if "arrangement" in r and (r["family"], r["batch"], r["arrangement"]) == wanted]
     return same[0]["total"] if same else None
 
 
@@ -280,6 +288,16 @@ def in_both_batches(name: str, place: Place) -> Iterator[Facts]:
 def cogvideox(place: Place) -> Iterator[Facts]:
     """Train CogVideoX-2B on clips of true length."""
     yield trained("cogvideox", "as its recipe", place)
+
+
+def flux2(place: Place) -> Iterator[Facts]:
+    """Train FLUX.2-klein-4B on images of 1024 pixels."""
+    yield trained("flux2", "batch of the plan", place)
+
+
+def wan(place: Place) -> Iterator[Facts]:
+    """Train Wan 2.1-1.3B on clips of true length."""
+    yield trained("wan", "as its recipe", place)
 
 
 def resume(place: Place) -> Iterator[Facts]:
@@ -407,6 +425,8 @@ STAGES = {
     "resume": Stage(resume, 120),
     "pixart": Stage(pixart, 90),
     "cogvideox": Stage(cogvideox, 150),
+    "flux2": Stage(flux2, 120),
+    "wan": Stage(wan, 150),
     "teacher": Stage(teacher, 60),
 }
 

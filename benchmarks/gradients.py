@@ -22,7 +22,7 @@ from torch.distributed import Work
 from fewstep.processes import sum_of_all
 from fewstep.training import gradients
 from fewstep.training.gradients import Buckets
-from fewstep.training.memory import MemoryTracker
+from fewstep.training.ledger import MemoryTracker
 from records import Facts, Record, about, markdown, new_record, provenance, wrapped, write_record
 
 LAYERS, WIDTH, REPEATS = 32, 1024, 7

@@ -1,7 +1,8 @@
 """Count what distilling each model family needs in memory.
 
-    python benchmarks/memory.py                # about 10 minutes; writes benchmarks/memory.md and .json
-    python benchmarks/memory.py --only sdxl    # counts that family again and keeps the others
+    python benchmarks/memory.py                       # writes benchmarks/memory.md and .json
+    python benchmarks/memory.py --only sdxl           # counts that family again and keeps the others
+    python benchmarks/memory.py --arrangements        # counts cards alone
 
 One iteration at true size runs on meta tensors. TDM in 4 steps with a guided teacher, LoRA of rank 32; the networks
 compute in bfloat16. `one base`: teacher, student and fake score are adapters of one frozen network, with weights in
@@ -10,22 +11,30 @@ bfloat16 loses the updates in rounding. Weights are those of all copies and adap
 in 8 bits; int8 and nf4 round the frozen base. These change the result, and are compared with copies that do not. Text
 encoders and autoencoder are left out; `fewstep plan` counts them, too. `python -m pytest tests/training/test_memory.py`
 shows that the count is what an allocator gives, within five percent.
+
+The second table has what `fewstep plan RECIPE --memory CARD` prints for each LoRA recipe, and `--cards 8` with the base
+as it is, not rounded, or with `train.shard` where that does not fit. Encoders that do not fit work on the CPU.
 """
 
 import argparse
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from backbones import FAMILIES, embeddings
+from configurations import PIPELINES, write
 from fewstep.backbones.base import Backbone
-from fewstep.backbones.load import around
-from fewstep.backbones.parts import default_dtype
+from fewstep.backbones.load import at_size
+from fewstep.backbones.meta import meta_teacher
+from fewstep.backbones.sizes import Size
+from fewstep.cli.plan import Plan, TooLargeError, fit, longest_texts, plans_of, usable_bytes
 from fewstep.methods.distribution_matching import DistributionMatching
+from fewstep.roles.quantized import weight_count
 from fewstep.roles.roles import RolesConfig, make_roles
+from fewstep.runs.recipe import DistillRecipe, read_recipe
 from fewstep.training.loop import TrainConfig
 from fewstep.training.memory import training_bytes
 from fewstep.training.optimizer import OptimizerName
@@ -71,21 +80,23 @@ ARRANGEMENTS = {
 }
 
 
-def meta_backbone(name: str, dtype: torch.dtype) -> Backbone:
-    """Return the family's backbone at true size, of meta tensors."""
-    with FakeTensorMode(allow_non_fake_inputs=True), default_dtype(dtype):
-        pipe = FAMILIES[name].build(False)
-    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)  # its table is needed as numbers
-    for part in (pipe.vae, pipe.unet if "unet" in pipe.components else pipe.transformer):
-        part.requires_grad_(False).eval()
-    return around(pipe, name)
+FULL = tuple(PIPELINES)[:4]  # families small enough for three copies, counted in all arrangements
+OTHERS = [name for name in ARRANGEMENTS if "one base, checkpointing" in name and "single" not in name]
+BATCH = {"sd15": 4}  # 1 for the others
+SIZES: dict[str, Size] = {  # where it is not what the settings of the networks say
+    **dict.fromkeys(("flux2-klein-4b", "flux2-klein-9b", "flux2-dev", "flux", "qwenimage", "zimage", "krea2"), 1024),
+    "wan22-5b": "832x480x81",
+}
+CARDS = (("16GiB", 1), ("24GiB", 1), ("80GiB", 1), ("80GiB", 8))  # a card's memory, and their number
 
 
 def row(name: str, arrangement: str, batch: int) -> Facts:
     """Return one row, in bytes."""
     roles, optimizer, dtype = ARRANGEMENTS[arrangement]
-    began, backbone, method = time.perf_counter(), meta_backbone(name, dtype), DistributionMatching(steps=4)
-    data = embeddings(name, backbone, dtype, 2)
+    began, method = time.perf_counter(), DistributionMatching(steps=4)
+    with tempfile.TemporaryDirectory() as folder:
+        backbone = at_size(meta_teacher(write(name, Path(folder)), dtype), SIZES.get(name))
+    data = longest_texts(backbone)
     config = TrainConfig(iterations=1, batch=batch, lr=1e-4, fake_lr=1e-4, precision="bf16", optimizer=optimizer)
     counted = training_bytes(
         backbone, lambda: make_roles(backbone, roles), method, method.times(backbone.schedule), config, data
@@ -104,10 +115,64 @@ def row(name: str, arrangement: str, batch: int) -> Facts:
     }
 
 
+def card_rows(name: str, cards: list[tuple[str, int]]) -> Iterator[Facts]:
+    """Yield what a family's LoRA recipe needs on each of these cards, in bytes, with the settings that fit."""
+    recipe, size = f"{name}-tdm4-lora", SIZES.get(name)
+    shipped = read_recipe(recipe, [], DistillRecipe)
+    sized = [] if size is None or size == shipped.size else [f"size={size}"]
+    batch, whole = shipped.train.batch, shipped.train.global_batch or 0
+    with tempfile.TemporaryDirectory() as folder:
+        teacher = str(write(name, Path(folder)))
+        plans: dict[str, tuple[Backbone, Plan]] = {}
+
+        def planned(sets: list[str], count: int) -> tuple[Backbone, Plan]:
+            key = " ".join([*sets, str(count)])
+            if key not in plans:
+                told = read_recipe(recipe, [*sized, *sets], DistillRecipe, {"teacher": teacher})
+                backbone, found = plans_of(told, count)
+                plans[key] = backbone, found[0]
+            return plans[key]
+
+        for memory, count in cards:
+            began, usable = time.perf_counter(), usable_bytes(memory)
+            if count == 1:
+                sets: list[str] = []
+                backbone, made = planned(sets, count)
+                try:
+                    sets, needed = fit(made, backbone, usable, "")
+                except TooLargeError as error:
+                    needed = error.needed
+            else:
+                own = ["roles.quantize=null"] if shipped.roles.quantize else []
+                own += [f"train.batch={whole // count}"] if 0 < whole < batch * count else []
+                for way in ([], ["train.shard=true"]):
+                    backbone, made = planned(sets := [*own, *way], count)
+                    needed = made.least
+                    if needed <= usable:
+                        break
+            yield {
+                "family": name,
+                "recipe": recipe,
+                "memory": memory,
+                "cards": count,
+                "sets": [*sized, *sets],
+                "needed": needed,
+                "fits": needed <= usable,
+                "batch": made.recipe.train.batch,
+                "quantize": made.recipe.roles.quantize,
+                "parameters": weight_count(backbone.module),
+                "on_cpu": [phase.name for phase in made.around.encoders if phase.bytes > usable],
+                "counted_in_s": time.perf_counter() - began,
+                "hardware": COUNTED,
+                "versions": versions(),
+            }
+
+
 def page(record: Record) -> str:
     """Return the page of a record."""
-    lines, of = [], {(r["family"], r["batch"], r["arrangement"]): r for r in record.rows}
-    for r in record.rows:
+    counted = [r for r in record.rows if "arrangement" in r]
+    lines, of = [], {(r["family"], r["batch"], r["arrangement"]): r for r in counted}
+    for r in counted:
         copies = of.get((r["family"], r["batch"], COPIES + CHECKPOINTED * (CHECKPOINTED in r["arrangement"])))
         ratio = ""
         if copies is not None and copies is not r:
@@ -115,6 +180,12 @@ def page(record: Record) -> str:
         sizes = (f"{r[key] / 2**30:.2f}" for key in ("weights", "work", "total"))
         lines.append([r["family"], "x".join(map(str, r["shape"])), r["batch"], r["arrangement"], *sizes, ratio])
     head = ["family", "state", "batch", "arrangement", "weights", "temporary", "in all", "relative to copies"]
+    cards = [
+        [r["recipe"], f"{r['cards']} x {r['memory']}", *said(r), ", ".join(r["on_cpu"])]
+        for r in record.rows
+        if "memory" in r
+    ]
+    fits = ["recipe", "cards", "needed, GiB", "settings", "on the CPU"]
     where = ", ".join(part for part in (f"`{record.command}`", commits(record), torch_of(record)) if part)
     return f"""# What a training needs, family by family
 
@@ -123,27 +194,55 @@ def page(record: Record) -> str:
 {wrapped(f"{where}. GiB; the last column is weights and total relative to three copies.")}
 
 {markdown(head, lines)}
+
+{second(__doc__)}
+
+{markdown(fits, cards)}
 """
+
+
+def said(row: Facts) -> tuple[str, str]:
+    """Return the memory that a recipe needs on a card, and its settings."""
+    settings = " ".join(f"`{s}`" for s in row["sets"]) or "as it is"
+    return f"{row['needed'] / 2**30:.1f}", settings if row["fits"] else "does not fit"
+
+
+def second(doc: str | None) -> str:
+    """Return the fourth paragraph of a docstring."""
+    return (doc or "").split("\n\n")[3].strip()
+
+
+def order(row: Facts) -> tuple[bool, int, int]:
+    """Return the place of a row: arrangements first, then cards, both by family."""
+    family = list(PIPELINES).index(row["family"])
+    if "arrangement" in row:
+        return False, family, list(ARRANGEMENTS).index(row["arrangement"])
+    return True, family, CARDS.index((row["memory"], row["cards"]))
 
 
 def main() -> None:
     """Count families and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=list(FAMILIES), default=list(FAMILIES))
-    parser.add_argument("--arrangements", nargs="*", choices=list(ARRANGEMENTS), default=list(ARRANGEMENTS))
-    parser.add_argument("--batch", type=int, default=0, help="samples of an iteration; 0: each family's own")
+    parser.add_argument("--only", nargs="*", choices=list(PIPELINES), default=list(PIPELINES))
+    parser.add_argument("--arrangements", nargs="*", choices=list(ARRANGEMENTS), help="default: all that a family has")
+    parser.add_argument("--cards", nargs="*", choices=[f"{n}x{m}" for m, n in CARDS], help="default: all")
     parser.add_argument("--to", type=Path, default=Path(__file__).parent, help="where the table goes")
     a = parser.parse_args()
+    cards = [(m, n) for m, n in CARDS if a.cards is None or f"{n}x{m}" in a.cards]
     rows = stored_rows(a.to / "memory.json")
-    order = [(name, arrangement) for name in FAMILIES for arrangement in ARRANGEMENTS]
+
+    def keep(made: Facts) -> None:
+        nonlocal rows
+        rows = sorted([r for r in rows if order(r) != order(made)] + [made], key=order)
+        print(made, flush=True)
+        record = new_record("memory", "python benchmarks/memory.py", rows, None, {})
+        write_record(record, page(record), a.to)
+
     for name in a.only:
-        for arrangement in a.arrangements:
-            rows = [r for r in rows if (r["family"], r["arrangement"]) != (name, arrangement)]
-            rows.append(row(name, arrangement, a.batch or FAMILIES[name].batch))
-            print(rows[-1], flush=True)
-            rows.sort(key=lambda r: order.index((r["family"], r["arrangement"])))
-            record = new_record("memory", "python benchmarks/memory.py", rows, None, {})
-            write_record(record, page(record), a.to)
+        for arrangement in a.arrangements if a.arrangements is not None else ARRANGEMENTS if name in FULL else OTHERS:
+            keep(row(name, arrangement, BATCH.get(name, 1)))
+        for made in card_rows(name, cards):
+            keep(made)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """The paper's tables as one command, for whoever has the hub and a card.
 
     python benchmarks/table1.py --base sd15 --prompts prompts.txt        # table 1; sdxl too, and pixart, sd35: table 3
-    python benchmarks/table1.py --video cogvideox --prompts prompts.txt  # table 4's prompts, with the core's numbers
+    python benchmarks/table1.py --video cogvideox --prompts prompts.txt  # table 4, by VBench's dimensions for any clips
 
 Trains a student with the shipped recipe, or takes --student RUN, and measures it beside its teacher and public
-students: HPSv2.1 on its four styles, aesthetic score and CLIP score. VBench's own judges run in its package alone.
+students: HPSv2.1 on its four styles, aesthetic score and CLIP score; of videos VBench, in an environment of its own
+(`fewstep evaluate --install vbench`). VBench's totals and its other dimensions are its own program's.
 With --teacher, --protocol and --metrics any pipeline is measured; the tests run it on tiny ones.
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from fewstep.cli.distill import run_distill
 from fewstep.cli.evaluate import EVALUATION, More, evaluate_student, prompts_in
+from fewstep.cli.extra import extra_of
 from fewstep.evaluation.metrics import METRICS
 from fewstep.student.folder import require_folder
 from records import Record, about, markdown, new_record, provenance, wrapped, write_record
@@ -34,7 +36,7 @@ BASES = {
     "sdxl": Base("sdxl-tdm4-lora", against=("lcm-lora", "hyper-sd", "tcd", "sdxl-lightning", "dmd2", "sdxl-turbo")),
     "pixart": Base("pixart-tdm4-lora"),
     "sd35": Base("sd35m-tdm4-lora"),
-    "cogvideox": Base("cogvideox-tdm4-lora", protocol="vbench", metrics=()),
+    "cogvideox": Base("cogvideox-tdm4-lora", against=("tdm",), protocol="vbench", metrics=("vbench",)),
 }
 LEADING = ("model", "steps", "guidance", "nfe")
 
@@ -95,16 +97,19 @@ def main() -> None:
     a = parser.parse_args()
     name = a.base or a.video
     base, run = BASES[name], Path(a.student) if a.student else a.run or Path("runs") / f"table-{name}"
-    if a.student is None:
-        given = {"prompts.source": a.prompts or "prompts.txt"}
-        run_distill(base.recipe, a.set, run, False, [], given | ({"teacher": a.teacher} if a.teacher else {}))
 
     def listed(text: str | None, usual: tuple[str, ...]) -> tuple[str, ...]:
         return usual if text is None else tuple(word for word in text.split(",") if word)
 
+    metrics = listed(a.metrics, base.metrics)
+    if a.student is None:
+        extra_of(metrics, None)  # what they lack is said before hours of training
+        given = {"prompts.source": a.prompts or "prompts.txt"}
+        run_distill(base.recipe, a.set, run, False, [], given | ({"teacher": a.teacher} if a.teacher else {}))
+
     protocol, folder = a.protocol or base.protocol, require_folder(str(run), "student")
     asked = None if a.protocol_prompts is None else prompts_in(a.protocol_prompts, protocol)
-    more = More(listed(a.metrics, base.metrics), None, listed(a.against, base.against))
+    more = More(metrics, None, listed(a.against, base.against))
     result = evaluate_student(folder, protocol, folder / EVALUATION, None, asked, more=more)
     common = {key: result[key] for key in ("protocol", "distance", "prompts", "paired", "findings", "weights_sha256")}
     command = f"python benchmarks/table1.py {'--video' if a.video else '--base'} {name}"

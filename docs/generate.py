@@ -10,7 +10,7 @@ import ast
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -227,6 +227,31 @@ def race() -> str:
     )
 
 
+def arena() -> str:
+    """FD of the teacher and of all students that trained for as long, the nearest in 4 steps first."""
+    record = json.loads((ROOT / "benchmarks" / "arena.json").read_text(encoding="utf-8"))
+    rate, label, rows = record["common"]["rate"], record["common"]["label"], record["rows"]
+    drawn = [r for r in rows if r["stage"] == "teacher" and r["solver"] == "ddim" and r["guidance"] != 1]
+
+    def fd(found: Sequence[Mapping[str, float]]) -> str:
+        values = [m["fd"] for m in found]
+        return (f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")) if values else "-"
+
+    def own(key: str, count: int) -> list[dict[str, float]]:
+        mine = [r for r in rows if r["stage"] == "race" and (r["key"], r["rate"]) == (key, rate[key])]
+        return [r["measured"][str(count)] for r in mine if str(count) in r["measured"] and r["count"] in (0, count)]
+
+    of_teacher = {k: fd([r["measured"] for r in drawn if r["steps"] == k]) for k in (50, 4, 2, 1)}
+    raced = sorted((key for key in label if own(key, 4)), key=lambda key: mean(m["fd"] for m in own(key, 4)))
+    return table(
+        ("model", "4 steps", "2 steps", "1 step", "seeds in 4 steps"),
+        [
+            (f"teacher, guided (50 steps: {of_teacher[50]})", *(of_teacher[k] for k in (4, 2, 1)), ""),
+            *((label[key], *(fd(own(key, k)) for k in (4, 2, 1)), len(own(key, 4))) for key in raced),
+        ],
+    )
+
+
 def transfer() -> str:
     """LoRA of the bundled teacher in fine-tunes that they have never seen."""
     rows = stored("finetunes")
@@ -299,7 +324,17 @@ def trajpl_emoji() -> str:
 
 
 def trajpl_pixel() -> str:
-    """How much of what DDIM adds in two steps a student takes away, in percent."""
+    """What TrajP-L and its parts take away of DDIM's excess in two steps."""
+    return _taken({"trajp-l": "TrajP-L", "lora": "LoRA alone", "head": "head alone"})
+
+
+def trajpl_matched() -> str:
+    """What another method takes away of it, which is not TrajP-L."""
+    return _taken({"two-matched": "LoRA for two steps alone, then TDM with a regression term"})
+
+
+def _taken(known: Mapping[str, str]) -> str:
+    """Return how much of what DDIM adds in two steps students take away, in percent."""
     floors = next(r["teacher"] for r in stored("trajpl") if r["part"] == "pixel")
 
     def taken(key: str, what: str) -> str:
@@ -307,12 +342,6 @@ def trajpl_pixel() -> str:
         values = [100 * (start - x) / (start - floors[what]) for x in _measured("pixel", key, what, 2)]
         return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
-    known = {
-        "trajp-l": "TrajP-L",
-        "lora": "LoRA alone",
-        "head": "head alone",
-        "two-matched": "LoRA for two steps, then TDM with a regression term",
-    }
     return table(
         ("method", "classifier's features", "EfficientNet-lite0's features"),
         [(name, taken(key, "fd_classes"), taken(key, "fd")) for key, name in known.items()],
@@ -335,6 +364,85 @@ def cost() -> str:
     return table(
         ("roles", "CPU time, bare calls = 1", "numbers a GPU is asked for", "copies a GPU is waited for"),
         [(roles, f"{r['ratio']:.2f}", r["reads"], r["copies"]) for roles, r in newest.items()],
+    )
+
+
+# Families, and the cards that they fit.
+
+CLIP_T5, QWEN_4B = "2 CLIP, T5", "Qwen 3 4B"
+COMFYUI, ORIGINAL = "diffusers, ComfyUI", "diffusers, ComfyUI (original names)"
+TWO, TOLD = "2 NFE", "1 NFE, told its guidance"
+MODELS = {  # name in memory.json: model, pipeline, network, a teacher's step, text encoders, a LoRA's programs
+    "sd15": ("Stable Diffusion 1, 2", "StableDiffusionPipeline", "0.9 B", TWO, "CLIP", "all, by kohya's names"),
+    "sdxl": ("Stable Diffusion XL", "StableDiffusionXLPipeline", "2.6 B", TWO, "2 CLIP", "all, by kohya's names"),
+    "pixart": ("PixArt-alpha, -Sigma", "PixArtAlphaPipeline, PixArtSigmaPipeline", "0.6 B", TWO, "T5", "PEFT"),
+    "sd35m": ("Stable Diffusion 3, 3.5-M", "StableDiffusion3Pipeline", "2.0, 2.5 B", TWO, CLIP_T5, COMFYUI),
+    "sd35l": ("Stable Diffusion 3.5-L", "StableDiffusion3Pipeline", "8.1 B", TWO, CLIP_T5, COMFYUI),
+    "flux2-klein-4b": ("FLUX.2-klein-base 4B", "Flux2KleinPipeline", "3.9 B", TWO, QWEN_4B, ORIGINAL),
+    "flux2-klein-9b": ("FLUX.2-klein-base 9B", "Flux2KleinPipeline", "9.1 B", TWO, "Qwen 3 8B", ORIGINAL),
+    "flux2-dev": ("FLUX.2-dev", "Flux2Pipeline", "32.2 B", TOLD, "Mistral 3 24B", ORIGINAL),
+    "flux": ("FLUX.1-dev", "FluxPipeline", "11.9 B", TOLD, "CLIP, T5", COMFYUI),
+    "qwenimage": ("Qwen-Image, -2512", "QwenImagePipeline", "20.4 B", f"{TWO}, norms kept", "Qwen 2.5 VL 7B", COMFYUI),
+    "zimage": ("Z-Image", "ZImagePipeline", "6.2 B", TWO, QWEN_4B, COMFYUI),
+    "krea2": ("Krea 2", "Krea2Pipeline", "12.8 B", TWO, "Qwen 3 VL 4B", COMFYUI),
+    "cogvideox": ("CogVideoX", "CogVideoXPipeline", "1.7, 5.6 B", TWO, "T5", "diffusers"),
+    "wan21": ("Wan 2.1-1.3B", "WanPipeline", "1.4 B", TWO, "UMT5", ORIGINAL),
+    "wan21-14b": ("Wan 2.1-14B", "WanPipeline", "14.3 B", TWO, "UMT5", ORIGINAL),
+    "wan22-5b": ("Wan 2.2-5B", "WanPipeline", "5.0 B", TWO, "UMT5", ORIGINAL),
+    "wan22-a14b": ("Wan 2.2-A14B, two networks", "WanPipeline", "2 x 14.3 B", TWO, "UMT5", ORIGINAL),
+}
+
+
+def planned() -> dict[tuple[str, str, int], dict[str, Any]]:
+    """Return what the plan finds for each LoRA recipe, by family, card and number of cards."""
+    return {(r["family"], r["memory"], r["cards"]): r for r in stored("memory") if "memory" in r}
+
+
+def needs(row: dict[str, Any] | None, words: Callable[[Sequence[str]], str]) -> str:
+    """Say what a recipe needs on a card."""
+    if row is None:
+        return "not counted"
+    gib = f"{row['needed'] / 2**30:.1f} GiB"
+    return f"{gib}, {words(row['sets'])}" if row["fits"] else f"does not fit, needs {gib}"
+
+
+def families() -> str:
+    """Every model, and its LoRA's memory on one card of 24 GB and on 8 of 80 GB."""
+
+    def short(sets: Sequence[str]) -> str:
+        values = dict(s.split("=") for s in sets)
+        said = [values.get("roles.quantize", ""), values.get("train.optimizer", "")]
+        said += [f"batch {values['train.batch']}"] if "train.batch" in values else []
+        said += ["sharded"] if values.get("train.shard") == "true" else []
+        return ", ".join(s for s in said if s not in ("", "null")) or "as it is"
+
+    found = planned()
+    return table(
+        ("model", "pipeline", "network", "a teacher's step", "text", "student's LoRA for", "24 GB", "8 x 80 GB"),
+        [
+            (
+                model,
+                ", ".join(f"`{p}`" for p in pipeline.split(", ")),
+                *rest,
+                needs(found.get((name, "24GiB", 1)), short),
+                needs(found.get((name, "80GiB", 8)), short),
+            )
+            for name, (model, pipeline, *rest) in MODELS.items()
+        ],
+    )
+
+
+def cards() -> str:
+    """The overrides that the plan prints for every LoRA recipe."""
+
+    def full(sets: Sequence[str]) -> str:
+        return "<br>".join(f"`{s}`" for s in sets) or "as it is"
+
+    found = planned()
+    sizes = ("16GiB", "24GiB", "80GiB")
+    return table(
+        ("recipe", *(s.replace("GiB", " GB") for s in sizes)),
+        [(f"`{name}-tdm4-lora`", *(needs(found.get((name, size, 1)), full) for size in sizes)) for name in MODELS],
     )
 
 
@@ -446,18 +554,30 @@ def public_students() -> str:
         made += [f"{k}={v}" for k, v in {**rival.options, **rival.call}.items()]
         return ", ".join(made) or "its own"
 
+    kinds = {"network": "all weights", "pipeline": "a whole pipeline"}
     return table(
-        ("name", "base", "repository", "steps", "times", "guidance", "strength", "scheduler and options"),
+        (
+            "name",
+            "base",
+            "repository",
+            "steps",
+            "times",
+            "guidance",
+            "strength",
+            "scheduler and options",
+            "settings from",
+        ),
         [
             (
                 f"`{r.name}`",
-                r.base.removesuffix("Pipeline"),
+                r.base.removesuffix("Pipeline") + (f" ({r.of})" if r.of else ""),
                 r.repo,
                 r.steps,
                 ", ".join(map(str, r.times)) or "the scheduler's",
                 f"{r.guidance:g}",
-                f"{r.strength:g}" if r.kind == "lora" else "a whole pipeline",
-                f"not run: {r.missing}" if r.missing else settings(r),
+                kinds.get(r.kind, f"{r.strength:g}"),
+                (f"not run: {r.missing}" if r.missing else settings(r)) + (f"; {r.size} pixels" if r.size else ""),
+                f"<{r.source}>" + (f"; not checked: {r.unchecked}" if r.unchecked else ""),
             )
             for r in RIVALS
         ],
@@ -490,12 +610,16 @@ PARTS: dict[str, Callable[[], str]] = {
     "ablations": ablations,
     "rivals": rivals,
     "race": race,
+    "arena": arena,
     "transfer": transfer,
     "trajpl-network": trajpl_network,
     "trajpl-emoji": trajpl_emoji,
     "trajpl-pixel": trajpl_pixel,
+    "trajpl-matched": trajpl_matched,
     "video": video,
     "cost": cost,
+    "families": families,
+    "cards": cards,
     "recipe-settings": recipe_settings,
     "presets": presets,
     "metrics": metrics,

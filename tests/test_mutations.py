@@ -46,8 +46,8 @@ MUTATIONS = {
     ),
     "the student's side told another step count": Mutation(
         MATCHING,
-        "discriminator.logits(discriminator.tokens(d.x_tau, d.tau, d.cond), d.tau, d.steps)",
-        "discriminator.logits(discriminator.tokens(d.x_tau, d.tau, d.cond), d.tau, method.counts[0])",
+        "discriminator.logits(tokens, d.tau, d.steps)",
+        "discriminator.logits(tokens, d.tau, method.counts[0])",
         "tests/methods/test_adversary.py",
     ),
     "the second stage's fake score begun as the student": Mutation(

@@ -12,6 +12,7 @@ from fewstep.backbones import parts
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.encoders import deferred, encoding_on, is_deferred, weight_bytes
 from fewstep.backbones.load import fingerprint, load_teacher
+from fewstep.data.prompts import embed
 
 from .. import pipelines
 
@@ -111,3 +112,16 @@ def test_an_encoder_is_loaded_at_its_first_call(tmp_path: Path, monkeypatch: pyt
     later.encode(["blue dog"])
     assert calls == ["text_encoder", "text_encoder_2"] and not any(map(is_deferred, later.encoders))
     assert fingerprint(*later.encoders) == fingerprint(*plain.encoders)
+
+
+@pytest.mark.parametrize(("family", "count"), [("sd", 64), ("pixart", 64), ("flux2", 8), ("zimage", 8)])
+def test_language_models_encode_few_prompts_at_once(family: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, seen = pipelines.backbone(family), list[int]()
+    assert module.at_once(teacher.encoders) == count
+    monkeypatch.setattr(type(teacher), "encode", lambda _, prompts: seen.append(len(prompts)) or text(len(prompts)))
+    embed(teacher, [f"prompt {i}" for i in range(70)], None, "")
+    assert max(seen) == count and sum(seen) == 71  # with the empty prompt
+
+
+def text(count: int) -> dict[str, torch.Tensor]:
+    return {"text": torch.zeros(count, 2, 3)}

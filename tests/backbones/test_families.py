@@ -54,7 +54,8 @@ def test_a_family_keeps_the_protocol(folder: Path) -> None:
 
 def sizes(family: str) -> tuple[int | None, ...]:
     """Two sizes of images, or None for a family that has one."""
-    return {"sd": (None, 32), "sdxl": (None, 64)}.get(family, (16, 24) if family in pipelines.SIZES else (None,))
+    own = {"sd": 32, "sdxl": 64, "sd3": 24, "pixart": 24, "pixart-sigma": 24}
+    return (None, own[family]) if family in own else (16, 24) if family in pipelines.SIZES else (None,)
 
 
 def test_what_the_networks_are_told_is_what_the_pipeline_tells_them(family: str, folder: Path) -> None:

@@ -25,7 +25,7 @@ def test_every_stage_runs_in_a_rehearsal(load: Load, tmp_path: Path, monkeypatch
         rows.setdefault(row["stage"], []).append(row)
     assert set(rows) == set(gpu["STAGES"])
     timed = [row for own in rows.values() for row in own if "ratio" in row]
-    assert {row["stage"] for row in timed} == {"sd15", "sdxl", "pixart", "cogvideox"} and len(rows["sd15"]) == 5
+    assert {row["stage"] for row in timed} == {*gpu["CARDS"]} and len(rows["sd15"]) == 5
     assert all(row["seconds"] > 0 and row["ratio"] > 0.5 and row["reads"] == 0 for row in timed)
     assert all(set(row["roles"]) == {"rollout step", "student", "teacher", "fake"} for row in timed)
     (resumed,) = rows["resume"]

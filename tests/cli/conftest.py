@@ -52,6 +52,12 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intervals from few draws, which are most of what tiny evaluations take; `tests/evaluation` has them in full."""
+    monkeypatch.setattr("fewstep.evaluation.bootstrap.DRAWS", 20)
+
+
+@pytest.fixture
 def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dry runs without the seconds that counting memory takes; tests of `fewstep plan` and of the count have them."""
-    monkeypatch.setattr("fewstep.cli.plan.training_bytes", lambda *_: Training(6, 5, 4, 3, 2, 1))
+    monkeypatch.setattr("fewstep.cli.plan.training_bytes", lambda *_, **__: Training(6, 5, 4, 3, 2, 1))

@@ -14,7 +14,7 @@ from fewstep.api import Student
 from fewstep.backbones.base import Denoiser
 from fewstep.backbones.load import load_teacher
 from fewstep.backbones.sd import StableDiffusion
-from fewstep.cli.evaluate import draws_emoji, measuring, rows_of
+from fewstep.cli.evaluate import draws_emoji, listed_prompts, measuring, rows_of
 from fewstep.cli.finish import quality_of
 from fewstep.core.guidance import Guidance
 from fewstep.data.prompts import split_prompts_of
@@ -28,6 +28,7 @@ from tests.student.card import CARD
 from .common import error_of
 from .common import fewstep as command
 
+pytestmark = pytest.mark.usefixtures("few_draws")
 SMALL = EmojiProtocol("small", names=6, repeated=2, seeds=2, toned=2, held_out=2, reference=protocols.REFERENCE)
 
 
@@ -272,6 +273,31 @@ def test_a_published_list_is_asked_by_name(
     )
     assert command(monkeypatch, "evaluate", final, "--protocol", "coco2014-10k") == 2
     assert "the list coco2014-10k does not ship; pass --prompts FILE with its 10,000 prompts" in error_of(capsys)
+
+
+def test_a_list_in_several_files_is_fetched_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HPSv2's data set holds its training too: the four styles are asked for by name."""
+    known = next(known for known in LISTS if known.name == "hpsv2")
+    asked: list[tuple[str, str]] = []
+
+    def fetch(repo: str, name: str, repo_type: str) -> str:
+        asked.append((repo, name))
+        file = tmp_path / Path(name).name
+        file.write_text(json.dumps([f"{Path(name).stem} {i}" for i in range(800 if len(asked) != 6 else 799)]))
+        return str(file)
+
+    monkeypatch.setattr("fewstep.evaluation.prompt_lists.hf_hub_download", fetch)
+    prompts = listed_prompts(known, None)
+    assert len(prompts) == 3200 and {p.split()[0] for p in prompts} == {"anime", "concept-art", "paintings", "photo"}
+    assert asked[1] == ("zhwang/HPDv2", "benchmark/concept-art.json")
+    with pytest.raises(
+        ValueError, match=r"ships with no package \(zhwang/HPDv2 has 3199 prompts, expected 3200\); pass"
+    ):
+        listed_prompts(known, None)
+    with pytest.raises(ValueError, match=r"^prompts: got 4000 with SHA-256 .*, protocol hpsv2 is of 3200 with any"):
+        checked(known, [str(i) for i in range(4000)])
+    coco = next(known for known in LISTS if known.name == "coco2014-10k")
+    assert len(checked(coco, [str(i) for i in range(12_000)])) == 10_000
 
 
 @pytest.mark.parametrize("name", [known.name for known in LISTS if known.shipped])

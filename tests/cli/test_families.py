@@ -17,7 +17,7 @@ from .. import pipelines
 from .common import error_of, fewstep
 from .families import recipe
 
-pytestmark = pytest.mark.usefixtures("elsewhere")
+pytestmark = pytest.mark.usefixtures("elsewhere", "few_draws")
 
 
 def test_videos_are_shown_as_strips_and_written_as_mp4(
@@ -88,7 +88,12 @@ def test_videos_of_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"), [("sd", "float32"), pytest.param("sdxl", "bfloat16", marks=pytest.mark.slow)]
+    ("family", "dtype"),
+    [
+        ("sd", "float32"),
+        pytest.param("sdxl", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("sd3", "float32", marks=pytest.mark.slow),
+    ],
 )
 def test_stages_of_two_sizes(family: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SDXL's way: a smaller size first, then its own; the card and the pipeline know a size that is not the base's."""
@@ -109,10 +114,37 @@ def test_stages_of_two_sizes(family: str, dtype: str, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=[] if f == "flux2" else pytest.mark.slow) for f in (*pipelines.FAMILIES, "wan-a14b")],
+)
+def test_imitation_then_matching(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipe of two stages on one set of trajectories: run, continued after its end, sampled and exported."""
+    folder = pipelines.save(family, tmp_path / family)
+    data = {"source": "trajectories", "count": 4, "steps": 2, "guidance": 2.0, "solver": "ddim"}
+    train = {"iterations": 1, "batch": 2, "lr": 1e-2, "fake_lr": 1e-2, "checkpoint_every": 1}
+    first_method = {"name": "trajp-l", "steps": 2, "head": "none", "guidance": 2.0}
+    changes: dict[str, object] = {
+        "warm_start": {"method": first_method, "data": data, "train": train},
+        "data": data,
+        "method": {"steps": 2, "warmup": 0, "guidance": 2.0, "regression_weight": 2.0},
+    }
+    if family in pipelines.SIZES:
+        changes["size"] = pipelines.SIZES[family]
+    for iterations in (1, 2):
+        path = recipe(folder, **changes, train=train | {"iterations": iterations})
+        assert fewstep(monkeypatch, "distill", path) == 0
+    first, last = (read_card(Path("runs/tiny") / part) for part in ("warm_start/final", "final"))
+    assert (first.method, last.method, last.iterations) == ("trajp-l", "trajp-l-tdm", 2)
+    assert fewstep(monkeypatch, "sample", "runs/tiny", "-p", "red cat", "--out", "x.png") == 0
+    assert fewstep(monkeypatch, "export", "runs/tiny", "merged", "--format", "merged") == 0
+
+
+@pytest.mark.parametrize(
     ("family", "changes", "said"),
     [
-        ("pixart", {"size": 32}, "size: got 32, video makes images of one size"),
+        ("cogvideox", {"size": 32}, "size: got 32, video makes images of one size"),
         ("sdxl", {"size": 33}, "size: got 33, allowed for video are multiples of 4"),
+        ("sd3", {"size": 400}, "size: got 400, allowed for video are multiples of 4 up to 384"),
         (
             "sd3",
             {"method": {"steps": 2, "solver": "dpmpp", "warmup": 0}},

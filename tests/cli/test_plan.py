@@ -21,7 +21,9 @@ from fewstep.cli.plan import (
     savings,
 )
 from fewstep.runs.recipe import DistillRecipe, read_recipe
-from fewstep.training.memory import Training, module_bytes, peak_bytes
+from fewstep.training.ledger import module_bytes
+from fewstep.training.memory import Training, peak_bytes
+from fewstep.training.once import Costs
 
 from .. import pipelines, tiny
 from .common import error_of, fewstep
@@ -82,7 +84,9 @@ def test_ways_to_save_come_fastest_first(planned: tuple[Plan, Backbone]) -> None
     assert [s for s, _ in savings(shared, "")[0]] == [[f"train.batch={32 // k}"] for k in (2, 4, 8)]
 
 
-def counted(recipe: DistillRecipe, teacher: Backbone, around: Surroundings, cards: int = 1) -> Plan:
+def counted(
+    recipe: DistillRecipe, teacher: Backbone, around: Surroundings, cards: int = 1, costs: Costs | None = None
+) -> Plan:
     """Return a plan of round numbers.
 
     A base takes 100, moments 40, adapters and gradients 20 each, a sample 4, with checkpointing 1.
@@ -136,7 +140,6 @@ def test_what_changes_the_result_comes_last_the_least_first(
     none = tiny.stable_diffusion(channels=(96, 96))
     monkeypatch.setattr(plan, "plan_of", counted)
     monkeypatch.setattr(plan, "meta_of", lambda _: none)
-    monkeypatch.setattr(plan, "around_training", lambda *_: Surroundings((), 0, 0))
     made = counted(settings, none, Surroundings((), 0, 0))
     assert fit(made, none, usable, "")[0] == expected
     if usable == 80:
@@ -247,3 +250,10 @@ def test_cards_share_weights_or_exchange_gradients(planned: tuple[Plan, Backbone
     one, eight, shared = on(1), on(8), on(8, shard=True)
     assert replace(eight, exchange=0) == one and eight.exchange == 3 * one.trained // 2
     assert shared.held < one.held and shared.gathered > 0 and shared.exchange == 0
+
+
+@pytest.mark.parametrize("family", ["zimage", "sd"])
+def test_texts_count_at_their_longest(family: str) -> None:
+    hollow = pipelines.backbone(family)
+    masks = [v for k, v in plan.longest_texts(hollow).cond.items() if k == "mask"]
+    assert all(bool(mask.all()) for mask in masks) and len(masks) == (family == "zimage")

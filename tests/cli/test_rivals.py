@@ -2,20 +2,29 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from fewstep.api import load_student
+from fewstep.backbones.families import FAMILIES
 from fewstep.backbones.load import pipeline_of
-from fewstep.backbones.rivals import RIVALS, draw_rival, rival_named, rival_pipeline
+from fewstep.backbones.parts import denoiser_of
+from fewstep.backbones.rivals import RIVALS, Rival, draw_rival, rival_named, rival_pipeline
 from fewstep.core.solvers import SOLVERS
 from fewstep.evaluation.images import ImageProtocol
 from fewstep.evaluation.weights import PLACE
 from fewstep.runs.sampling import sample
 
+from .. import pipelines
 from .common import error_of
 from .common import fewstep as command
+
+pytestmark = pytest.mark.usefixtures("few_draws")
 
 
 def placed(final: Path, repo: str, name: str, weights: Path) -> Path:
@@ -74,8 +83,92 @@ def test_what_is_not_there_is_said_in_one_line(
         assert said in error_of(capsys)
 
 
+def lora_of(pipe: DiffusionPipeline, file: Path) -> None:
+    """Write a LoRA of random weights for the queries of a pipeline's network."""
+    name = "unet" if "unet" in pipe.components else "transformer"
+    rng, tensors = torch.Generator().manual_seed(1), dict[str, torch.Tensor]()
+    for layer, module in pipe.components[name].named_modules():
+        if isinstance(module, torch.nn.Linear) and layer.endswith(("to_q", "to_v")):
+            for kind, shape in (("A", (4, module.in_features)), ("B", (module.out_features, 4))):
+                tensors[f"{name}.{layer}.lora_{kind}.weight"] = torch.randn(shape, generator=rng)
+    save_file(tensors, file)
+
+
+FAMILY = {
+    "StableDiffusionPipeline": "sd",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3",
+    "CogVideoXPipeline": "cogvideox",
+    "QwenImagePipeline": "qwenimage",
+    "Flux2KleinPipeline": "flux2",
+    "ZImagePipeline": "zimage",
+    "Krea2Pipeline": "krea2",
+}
+
+
+FAST = {"lcm-lora-sd", "sdxl-lightning-sdxl", "sdxl-turbo-sdxl", "tdm-sd3", "tdm-cogvideox"}  # one of each kind
+
+
+def named(rival: Rival) -> str:
+    return f"{rival.name}-{FAMILY[rival.base]}"
+
+
+@pytest.mark.parametrize(
+    "rival",
+    [pytest.param(r, id=named(r), marks=() if named(r) in FAST else pytest.mark.slow) for r in RIVALS if not r.missing],
+)
+def test_every_rival_samples_from_files_of_its_kind(rival: Rival, tmp_path: Path) -> None:
+    """On a tiny pipeline of its base: its weights change the images, the base keeps its own, one noise one image."""
+    family = FAMILY[rival.base]
+    backbone = pipelines.load(pipelines.save(family, tmp_path / "base"))
+    base = pipeline_of(backbone)
+    before = {k: v.clone() for k, v in denoiser_of(base).state_dict().items()}
+    folder, file = tmp_path / "rival", (rival.files or ("any.safetensors",))[0]
+    if rival.kind == "pipeline":
+        pipelines.save(family, folder, seed=1)
+    else:
+        folder.mkdir()
+        if rival.kind == "lora":
+            lora_of(base, folder / file)
+        else:
+            save_file({k: v + 0.1 for k, v in before.items()}, folder / file)
+    pipe = rival_pipeline(base, rival, folder)
+
+    def draw(seeds: list[int]) -> torch.Tensor:
+        small = replace(rival, size=0)
+        return draw_rival(pipe, small, ["red cat"] * len(seeds), seeds, backbone.shape, backbone.image_size)
+
+    found = draw([3, 4])
+    assert found.shape[-3] == 3 and len(found) == 2 and found.isfinite().all()
+    assert (draw([3, 4]) - found).abs().max() <= 1e-5 and (found[0] - found[1]).abs().max() > 1e-3
+    assert all(torch.equal(before[k], v) for k, v in denoiser_of(base).state_dict().items())
+    changed = denoiser_of(pipe).state_dict()
+    assert any(not torch.equal(before[k], v) for k, v in changed.items())
+
+
+def test_a_strength_is_that_of_the_lora(tmp_path: Path) -> None:
+    rival = next(r for r in RIVALS if r.strength != 1)
+    base = pipelines.load(pipelines.save("sd3", tmp_path / "base"))
+    (tmp_path / "rival").mkdir()
+    lora_of(pipeline_of(base), file := tmp_path / "rival" / "any.safetensors")
+    (tmp_path / "none").mkdir()
+    pipe = pipeline_of(base)
+    tensors, changed = load_file(file), denoiser_of(rival_pipeline(pipe, rival, file.parent)).state_dict()
+    layer = next(k.removesuffix(".lora_A.weight") for k in tensors if k.endswith("lora_A.weight"))
+    delta = tensors[f"{layer}.lora_B.weight"] @ tensors[f"{layer}.lora_A.weight"]
+    name = f"{layer.removeprefix('transformer.')}.weight"
+    found = changed[name] - denoiser_of(pipe).state_dict()[name]
+    assert (found - rival.strength * delta).abs().max() <= 1e-5 and rival.strength == 0.125
+    with pytest.raises(ValueError, match=r"^--against tdm: .* has 0 safetensors files; leave the one of Luo-Yihong/"):
+        rival_pipeline(pipe, rival, tmp_path / "none")
+    save_file({"transformer.nothing.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "none" / "x.safetensors")
+    with pytest.raises(ValueError, match=r"^--against tdm: .* does not fit \(.*\); it is of SD 3 medium; choose"):
+        rival_pipeline(pipe, rival, tmp_path / "none")
+
+
 def test_every_rival_is_of_a_family_or_says_why_not() -> None:
-    """Names are one for each base, and the table has those that people compare with."""
+    """Names are one for each base, and the table has those that people compare with, each with its source."""
     assert len({(r.name, r.base) for r in RIVALS}) == len(RIVALS)
-    assert {r.name for r in RIVALS} >= {"lcm-lora", "hyper-sd", "tcd", "sdxl-lightning", "sdxl-turbo", "dmd2", "klein"}
-    assert all(r.scheduler is not None for r in RIVALS if r.kind == "lora" and not r.missing)
+    named = {"lcm-lora", "hyper-sd", "tcd", "sdxl-lightning", "sdxl-turbo", "dmd2", "perflow", "tdm", "klein"}
+    assert {r.name for r in RIVALS} >= named | {"z-image-turbo", "qwen-lightning", "krea-2-turbo"}
+    assert all(r.base in FAMILIES and r.source.startswith("https://") for r in RIVALS)

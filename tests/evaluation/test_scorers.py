@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     CLIPConfig,
@@ -22,9 +23,10 @@ from transformers import (
 )
 
 from fewstep.backbones import miniature
+from fewstep.cli.extra import extra_of
 from fewstep.evaluation import scorers
-from fewstep.evaluation.distances import frechet_distance, kernel_distance, moments
-from fewstep.evaluation.inception import Inception, clean_resize, load_inception, read_statistics
+from fewstep.evaluation.distances import frechet_distance, kernel_distance, kernel_reference, moments
+from fewstep.evaluation.inception import Inception, clean_resize, load_inception, read_statistics, torch_resize
 from fewstep.evaluation.scorer import Extra, require_extra
 from fewstep.evaluation.scorers import (
     AestheticHead,
@@ -102,10 +104,14 @@ def plain_features(clip: CLIPModel) -> Iterator[None]:
             delattr(clip, name)
 
 
-def test_inputs_are_those_of_clips_own_processor() -> None:
-    from transformers import CLIPImageProcessor
+def pil_processor() -> Any:
+    """CLIP's processor as it was defined, by PIL: that of torchvision, where it is installed, rounds otherwise."""
+    kind = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    return kind(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
 
-    processor = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+
+def test_inputs_are_those_of_clips_own_processor() -> None:
+    processor = pil_processor()
     for shape in ((48, 48), (40, 64), (64, 40), (32, 32), (20, 20)):
         seen = images(*shape)
         theirs = processor(pil_images(seen), return_tensors="pt")["pixel_values"]
@@ -114,12 +120,7 @@ def test_inputs_are_those_of_clips_own_processor() -> None:
 
 def test_clip_score_is_torchmetrics(clip: CLIPModel, tokenizer: CLIPTokenizer) -> None:
     torchmetrics = need("torchmetrics.multimodal.clip_score")
-    from transformers import CLIPImageProcessor, CLIPProcessor
-
-    processor = CLIPProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}),
-        tokenizer=tokenizer,
-    )
+    processor = transformers.CLIPProcessor(image_processor=pil_processor(), tokenizer=tokenizer)
     reference = torchmetrics.CLIPScore(model_name_or_path=lambda: (clip, processor))
     ours = ClipScorer("clip_score", clip, tokenizer, scorers._clip_score).score(images(), PROMPTS)
     for image, prompt, score in zip(images(), PROMPTS, ours, strict=True):
@@ -203,12 +204,65 @@ def test_hpsv2_is_open_clips_network(tokenizer: CLIPTokenizer) -> None:
 
 
 def test_padding_is_hpsv2s() -> None:
-    resize = need("imscore.hps.model").ResizeMaxSize(SIZE)
-    to_tensor = need("torchvision.transforms.functional").to_tensor
-    seen = images(40, 48)
-    theirs = torch.stack([to_tensor(resize(image)) for image in pil_images(seen)])
-    mean, std = (torch.tensor(v)[:, None, None] for v in (scorers.MEAN, scorers.STD))
-    assert (clip_pixels(seen, SIZE, "pad") - (theirs - mean) / std).abs().max() <= 1e-5
+    """That of its own transform, which scales tensors and does not round."""
+    imscore = need("imscore.hps.model")
+    theirs = imscore.HPSv2.__new__(imscore.HPSv2)
+    nn.Module.__init__(theirs)
+    theirs.resize = imscore.ResizeMaxSize(SIZE)
+    theirs.normalize = need("torchvision.transforms").Normalize(scorers.MEAN, scorers.STD)
+    for shape in ((40, 48), (48, 40), (48, 48), (20, 30), (32, 32), (100, 33)):
+        seen = images(*shape)
+        assert (clip_pixels(seen, SIZE, "pad") - theirs._process(seen)).abs().max() <= 1e-5, shape
+
+
+def hpsv2_checkpoint() -> dict[str, tuple[int, ...]]:
+    """The names and shapes in HPSv2's checkpoint: a ViT-H-14 of open_clip."""
+    width, text, layers, words = 1280, 1024, (32, 24), 49408
+    found: dict[str, tuple[int, ...]] = {
+        "positional_embedding": (77, text),
+        "text_projection": (text, 1024),
+        "logit_scale": (),
+        "visual.class_embedding": (width,),
+        "visual.positional_embedding": (257, width),
+        "visual.proj": (width, 1024),
+        "visual.conv1.weight": (width, 3, 14, 14),
+        "token_embedding.weight": (words, text),
+    }
+    norms = {"visual.ln_pre": width, "visual.ln_post": width, "ln_final": text}
+    for tower, side, count in (("visual.", width, layers[0]), ("", text, layers[1])):
+        for i in range(count):
+            block = f"{tower}transformer.resblocks.{i}"
+            norms |= {f"{block}.ln_1": side, f"{block}.ln_2": side}
+            for name, rows, columns in (
+                ("attn.in_proj_", 3 * side, side),
+                ("attn.out_proj.", side, side),
+                ("mlp.c_fc.", 4 * side, side),
+                ("mlp.c_proj.", side, 4 * side),
+            ):
+                found |= {f"{block}.{name}weight": (rows, columns), f"{block}.{name}bias": (rows,)}
+    return found | {f"{name}.{kind}": (side,) for name, side in norms.items() for kind in ("weight", "bias")}
+
+
+def test_hpsv2s_checkpoint_fills_every_weight_of_the_network() -> None:
+    """Of its full size, without memory: each name of the checkpoint has one place, of its shape."""
+    with torch.device("meta"):
+        whole = {name: torch.empty(shape) for name, shape in hpsv2_checkpoint().items()}
+        model = CLIPModel(scorers.vit_h())
+    renamed = from_open_clip(whole)
+    wanted = {k: v.shape for k, v in model.state_dict().items() if not k.endswith("position_ids")}
+    assert {k: v.shape for k, v in renamed.items()} == wanted
+    assert sum(v.numel() for v in renamed.values()) == sum(v.numel() for v in whole.values())
+    config = model.config
+    assert config.text_config.layer_norm_eps == config.vision_config.layer_norm_eps == 1e-5
+    assert config.text_config.eos_token_id == 49407 == config.text_config.vocab_size - 1
+
+
+def test_that_layout_is_open_clips() -> None:
+    open_clip = need("open_clip")
+    settings = open_clip.get_model_config("ViT-H-14")
+    with torch.device("meta"):
+        theirs = open_clip.CLIP(**settings).state_dict()
+    assert {k: tuple(v.shape) for k, v in theirs.items()} == hpsv2_checkpoint()
 
 
 def test_the_aesthetic_head_is_imscores(clip: CLIPModel) -> None:
@@ -238,6 +292,22 @@ def test_the_resize_is_clean_fids() -> None:
         assert (theirs - own).abs().max() <= 1e-5 * 255
 
 
+def test_the_other_resize_is_torch_fidelitys() -> None:
+    theirs = need("torch_fidelity.interpolate_compat_tensorflow").interpolate_bilinear_2d_like_tensorflow1x
+    for shape in ((40, 48), (299, 299), (512, 300)):
+        seen = images(*shape)
+        expected = theirs((seen * 255).round(), size=(299, 299), align_corners=False)
+        assert (torch_resize(seen) - expected).abs().max() <= 1e-5 * 255, shape
+
+
+def test_the_other_resize_is_its_formula() -> None:
+    """Each pixel lies at i in / out; where the sizes are equal nothing changes."""
+    x = torch.arange(4.0)[None, None, None] / 255 * 60
+    assert torch_resize(x.expand(1, 3, 2, 4), 8)[0, 0, 0].tolist() == pytest.approx([0, 30, 60, 90, 120, 150, 180, 180])
+    same = images(16, 16)
+    assert torch.equal(torch_resize(same, 16), (same * 255).round())
+
+
 class Rough(nn.Module):
     """Features of 24 numbers: means over a grid, in Inception's place."""
 
@@ -248,7 +318,7 @@ class Rough(nn.Module):
 def test_fid_and_kid_are_those_of_the_reference_packages() -> None:
     rng = torch.Generator().manual_seed(0)
     a, b = torch.rand((60, 3, 16, 16), generator=rng), torch.rand((60, 3, 16, 16), generator=rng) ** 1.2
-    network = Inception(Rough())
+    network = Inception(Rough(), clean_resize)
     x, y = network.features(a), network.features(b)
     assert x.shape == (60, 24)
     fid = frechet_distance(moments(x), moments(y))
@@ -258,7 +328,7 @@ def test_fid_and_kid_are_those_of_the_reference_packages() -> None:
     plain = float((m.mean - n.mean).square().sum() + np.trace(m.covariance.numpy() + n.covariance.numpy() - 2 * root))
     assert fid == pytest.approx(plain, rel=1e-5, abs=1e-5)
     theirs = float(need("torchmetrics.image.kid").poly_mmd(x.double(), y.double()))
-    assert kernel_distance(x, y) == pytest.approx(theirs, rel=1e-5, abs=1e-8)
+    assert kernel_distance(kernel_reference(x), y) == pytest.approx(theirs, rel=1e-5, abs=1e-8)
 
 
 def test_statistics_of_a_file_are_read(tmp_path: Path) -> None:
@@ -279,6 +349,12 @@ def test_fid_of_few_images_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^--metrics fid: there is nothing to compare with; pass --real FOLDER or"):
         require_extra(extra, "parti", 3264, False)
     require_extra(extra, "parti", 3264, True)
+    with pytest.raises(
+        ValueError, match=r"^--metrics fid_torch: protocol own has 512 images, FID takes at least 2,000"
+    ):
+        require_extra(Extra(fid_torch=True), "own", 512, True)
+    with pytest.raises(ValueError, match=r"^--metrics: got fid_torch with fid or kid, whose images are resized other"):
+        extra_of(["kid", "fid_torch"], None)
 
 
 @pytest.mark.parametrize("name", list(scorers.SCORERS))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.backbones.base import EMBEDDED, Cond
 from fewstep.core.schedule import expand
 from fewstep.methods.distribution_matching import (
     DistributionMatching,
@@ -101,6 +102,28 @@ def test_the_discriminator_is_told_the_step_count_that_the_student_took(monkeypa
         told.clear()
         list(matching_losses(method, roles, train_batch(method, roles, images=real_data(roles), steps=steps)))
         assert told == [steps] * 3  # of real data and the student's for the one, of the student's for the other
+
+
+def test_features_are_of_the_guidance_that_student_and_teacher_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the one that a pipeline tells by default; of a network that is told none, conditions stay as they are."""
+    told: list[list[float]] = []
+    tokens = Discriminator.tokens
+
+    def watched(judge: Discriminator, x: Tensor, tau: Tensor, cond: Cond) -> list[Tensor]:
+        told.append(cond[EMBEDDED].tolist())
+        return tokens(judge, x, tau, {k: v for k, v in cond.items() if k != EMBEDDED})
+
+    monkeypatch.setattr(Discriminator, "tokens", watched)
+    method = DistributionMatching(gan=GanConfig(weight=0.5))
+    for scale in (2.5, None):
+        roles = replace(adversaries(), embedded_guidance=scale)
+        d = draw(method, roles, conditions(roles.backbone)[0], BATCH, seed(), with_gradient=True)
+        default = {EMBEDDED: torch.full((BATCH,), 3.5)}
+        d, real = d._replace(cond={**d.cond, **default}), real_data(roles)
+        discriminator_loss(method, roles, d, real._replace(cond={**real.cond, **default}))
+        adversarial_loss(method, roles, d)
+        assert told == [[scale or 3.5] * BATCH] * 3
+        told.clear()
 
 
 def test_a_discriminator_hears_what_it_is_told() -> None:

@@ -130,6 +130,12 @@ def test_without_real_images_the_best_teacher_at_equal_cost_is_named_too() -> No
     assert quality.value == "2.0" and "the teacher at the student's cost has 5.0, in 2 guided steps" in quality.caption
 
 
+def test_a_slower_student_is_not_called_faster() -> None:
+    """Many cheap steps may take longer than the teacher's."""
+    speed = headlines([row("teacher", 50, 100, 12.8, 0.5, 0.5), row("student", 4, 4, 13.0, 0.5, 1.0)], None)[1]
+    assert speed.value == "2.0×" and speed.caption.startswith("slower than the teacher: ")
+
+
 def test_headlines_need_their_numbers() -> None:
     assert headlines([], None) == []
     assert [h.value for h in headlines([], Cost(5, 1))] == ["5 s"]

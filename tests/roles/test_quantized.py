@@ -33,8 +33,8 @@ from fewstep.roles.quantized import (
     weight_count,
 )
 from fewstep.roles.roles import TRAINED, RolesConfig, make_roles
+from fewstep.training.ledger import MemoryTracker, module_bytes
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.training.memory import MemoryTracker, module_bytes
 
 from .. import tiny
 from ..training.common import digest

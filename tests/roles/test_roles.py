@@ -15,7 +15,7 @@ from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles import adapters
 from fewstep.roles.roles import TRAINED, Role, Roles, RolesConfig, make_roles
 from fewstep.student.student import Student
-from fewstep.training.memory import MemoryTracker
+from fewstep.training.ledger import MemoryTracker
 
 from .. import tiny
 from .common import ORIGIN, attached, given, perturb

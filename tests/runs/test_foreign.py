@@ -1,9 +1,10 @@
 """A run starts from the student of others: a LoRA of any rank, or a whole network."""
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor
 
 import fewstep
 from fewstep.backbones.base import denoiser
+from fewstep.backbones.families import family_of_pipeline
 from fewstep.backbones.load import load_teacher
-from fewstep.backbones.lora import fuse
+from fewstep.backbones.lora import flat, fuse
 from fewstep.core.guidance import Guidance
 from fewstep.methods.method import Method
+from fewstep.roles.adapters import adapter_state, targets
 from fewstep.roles.roles import Roles
 from fewstep.runs.foreign import initialize, require_initial
 from fewstep.runs.init import roles_for
@@ -157,6 +160,68 @@ def test_wan_and_its_pair_of_networks(kind: str, tmp_path: Path) -> None:
         base = roles.teacher(cond, cond, Guidance())(x, t).x0
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     assert (ours - base).flatten(1).abs().amax(1).gt(1e-4).all()
+
+
+class Layout(NamedTuple):
+    """How a student is published: its layers' names, by diffusers' and the original ones, and what is next to them."""
+
+    family: str
+    stem: Callable[[str, Mapping[str, str]], str]
+    ends: tuple[str, str] = (".lora_down.weight", ".lora_up.weight")
+    alpha: bool = True
+    blocks: tuple[str, ...] = ("transformer_blocks.0.", "blocks.0.")
+    whole: Mapping[str, tuple[int, ...]] = {}
+
+
+UNET = ("down_blocks.0.", "down_blocks.1.", "mid_block.")
+LAYOUTS = {
+    "SDXL-Lightning, Hyper-SDXL": Layout("sdxl", lambda name, _: f"lora_unet_{flat(name)}", blocks=UNET),
+    "SDXL under original names": Layout("sdxl", lambda name, old: f"lora_unet_{flat(old[name])}", blocks=UNET),
+    "LCM-LoRA, Hyper-SD15": Layout("sd", lambda name, _: f"lora_unet_{flat(name)}", blocks=UNET),
+    "Hyper-FLUX": Layout("flux", lambda name, _: f"transformer.{name}", (".lora_A.weight", ".lora_B.weight"), False),
+    "Hyper-SD3": Layout("sd3", lambda name, _: f"transformer.{name}", (".lora_A.weight", ".lora_B.weight"), False),
+    "Qwen-Image-Lightning": Layout("qwenimage", lambda name, _: name),
+    "lightx2v": Layout(
+        "wan",
+        lambda name, old: f"diffusion_model.{old[name]}",
+        alpha=False,
+        whole={
+            "diffusion_model.blocks.0.self_attn.q.diff_b": (32,),
+            "diffusion_model.blocks.0.norm3.diff": (32,),
+            "diffusion_model.blocks.0.norm3.diff_b": (32,),
+            "diffusion_model.blocks.0.cross_attn.norm_k.diff": (32,),
+            "diffusion_model.blocks.0.diff_m": (1, 6, 32),
+        },
+    ),
+    "Wan2.2-Lightning": Layout("wan", lambda name, old: f"diffusion_model.{old[name]}"),
+}
+
+
+@pytest.mark.parametrize("published", LAYOUTS)
+def test_layouts_in_which_students_are_published(published: str, tmp_path: Path) -> None:
+    """Every layer of the file is one of the student's, and changes what the file says."""
+    layout, rng = LAYOUTS[published], torch.Generator().manual_seed(1)
+    teacher: Any = pipelines.backbone(layout.family)
+    old = dict(family_of_pipeline(teacher.pipe).original_names(teacher.module))
+    config, layers = fewstep.RolesConfig(rank=3), dict(teacher.module.named_modules())
+    names = [n for n in targets(teacher.module, config.targets, config.exclude) if n.startswith(layout.blocks)]
+    file, added = {n: torch.full(shape, 0.01) for n, shape in layout.whole.items()}, dict[str, Tensor]()
+    for name in names:
+        out, *kernel = layers[name].weight.shape
+        down, up = (torch.randn(*shape, generator=rng) for shape in ((2, *kernel), (out, 2, *[1] * (len(kernel) - 1))))
+        stem = layout.stem(name, old)
+        file |= {stem + layout.ends[0]: down, stem + layout.ends[1]: up}
+        file |= {f"{stem}.alpha": torch.tensor(1.0)} if layout.alpha else {}
+        added[name] = (0.5 if layout.alpha else 1) * up.flatten(1) @ down.flatten(1)
+    save_file(file, tmp_path / "x.safetensors")
+    said: list[str] = []
+    roles = roles_for(teacher, METHOD, config, init_from=tmp_path / "x.safetensors", say=said.append)
+    assert f"of what x.safetensors changes, in {len(names)} layers" in said[0] and len(names) > 5
+    assert ("of it is in layers without LoRA here" in said[0]) == bool(layout.whole)
+    state = adapter_state(roles.networks["student"], "student")
+    for name, change in added.items():
+        own = state[f"{name}.lora_B.weight"].flatten(1) @ state[f"{name}.lora_A.weight"].flatten(1)
+        torch.testing.assert_close(own, change, rtol=1e-3, atol=1e-3)
 
 
 def test_it_is_trained_and_resumed(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

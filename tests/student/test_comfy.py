@@ -151,6 +151,24 @@ def test_a_model_whose_own_shift_will_do(told: bool) -> None:
         assert graph["DualCLIPLoader"] == {"clip_name1": "a", "clip_name2": "b", "type": "flux"}
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "encoder", "kind", "vae"),
+    [
+        ("QwenImagePipeline", "qwen_2.5_vl_7b_fp8_scaled", "qwen_image", "qwen_image_vae"),
+        ("ZImagePipeline", "qwen_3_4b", "lumina2", "ae"),
+        ("Krea2Pipeline", "qwen3vl_4b_fp8_scaled", "krea2", "qwen_image_vae"),
+    ],
+)
+def test_parts_are_those_of_comfyuis_templates(pipeline: str, encoder: str, kind: str, vae: str) -> None:
+    parts = FAMILIES[pipeline].comfyui_parts(None)
+    assert parts is not None and (parts.encoder, parts.kind, parts.vae) == (
+        f"{encoder}.safetensors",
+        kind,
+        f"{vae}.safetensors",
+    )
+    assert parts.latent == "EmptySD3LatentImage" and not parts.shift
+
+
 def chain(graph: dict[str, Any], node: str) -> list[str]:
     """The files from a sampler's model down to the network."""
     told = graph[node]["inputs"]
@@ -322,6 +340,9 @@ def test_there_is_no_workflow_that_could_not_run(
         ("a.safetensors + style.safetensors@0.8", "a.safetensors"),
         ("stabilityai/stable-diffusion-xl-base-1.0", "sd_xl_base_1.0.safetensors"),
         ("stable-diffusion-v1-5/stable-diffusion-v1-5", "v1-5-pruned-emaonly.safetensors"),
+        ("krea/Krea-2-Raw", "krea2_raw_bf16.safetensors"),
+        ("Qwen/Qwen-Image-2512", "qwen_image_2512_bf16.safetensors"),
+        ("stabilityai/stable-diffusion-3.5-large", "sd3.5_large_fp8_scaled.safetensors"),
         ("some/folder", ""),
         ("emoji", ""),
     ],

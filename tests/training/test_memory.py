@@ -22,8 +22,9 @@ from fewstep.methods.trajectory_imitation import TrajectoryImitation
 from fewstep.roles.quantized import quantize
 from fewstep.roles.roles import RolesConfig
 from fewstep.runs.init import roles_for
+from fewstep.training.ledger import module_bytes
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.training.memory import Training, module_bytes, peak_bytes, training_bytes
+from fewstep.training.memory import Training, peak_bytes, training_bytes
 
 from .. import pipelines
 

@@ -12,8 +12,9 @@ from fewstep.backbones.base import Backbone
 from fewstep.data.prompts import Embeddings, embed
 from fewstep.roles.roles import TRAINED, Roles, RolesConfig, make_roles
 from fewstep.training import optimizer as module
+from fewstep.training.ledger import storage_bytes
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.training.memory import storage_bytes, training_bytes
+from fewstep.training.memory import training_bytes
 from fewstep.training.optimizer import make_optimizer, require, state_bytes
 from fewstep.training.state import checkpoints
 

@@ -17,8 +17,8 @@ from fewstep.backbones.base import Denoiser
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.training import saving
 from fewstep.training import state as module
+from fewstep.training.ledger import MemoryTracker
 from fewstep.training.loop import save_run
-from fewstep.training.memory import MemoryTracker
 from fewstep.training.optimizer import make_optimizer
 from fewstep.training.saving import CheckpointWriter
 from fewstep.training.state import (

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from transformers import CLIPPreTrainedModel, PreTrainedModel, T5PreTrainedModel, UMT5PreTrainedModel
 
 from ..reading import reading
 from .base import Backbone
 from .parts import DiffusersBackbone, default_dtype, load_part, networks
 
 HEADROOM = 1.25  # memory that an encoder at work takes, relative to its weights
+MANY, FEW = 64, 8  # prompts that are encoded at once
+SLIGHT = CLIPPreTrainedModel, T5PreTrainedModel, UMT5PreTrainedModel  # no language models
 PREFIX = "text_encoder"  # of the names of a pipeline's encoders
 
 
@@ -44,6 +47,16 @@ def deferred(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> nn.Modul
     about = {"device": torch.device("cpu"), "__module__": kind.__module__}
     network.__class__ = type(kind.__name__, (kind,), about)
     return network
+
+
+def at_once(encoders: Sequence[nn.Module]) -> int:
+    """Return the number of prompts that are encoded at once.
+
+    Language models give the states of all layers, and a number for every word that may follow: 64 prompts of
+    FLUX.2-klein's take 10 GB for these words alone.
+    """
+    language = any(isinstance(e, PreTrainedModel) and not isinstance(e, SLIGHT) for e in encoders)
+    return FEW if language else MANY
 
 
 def load_deferred(backbone: Backbone) -> None:

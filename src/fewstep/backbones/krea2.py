@@ -11,7 +11,7 @@ from diffusers import Krea2Pipeline
 from torch import Tensor, nn
 
 from .base import Cond
-from .family import Family
+from .family import ComfyParts, Family
 from .flow_transformer import FlowTransformer, pack, places, unpack
 from .parts import on, single_output, transformer_features
 from .settings import require_channels, require_flow, same
@@ -71,4 +71,7 @@ FAMILY = Family(
     latents=pack,
     patch=2,
     check=check,
+    comfyui_parts=lambda pipe: ComfyParts(
+        "EmptySD3LatentImage", "qwen3vl_4b_fp8_scaled.safetensors", "krea2", "qwen_image_vae.safetensors", shift=""
+    ),
 )

@@ -43,7 +43,7 @@ from .parts import (
     networks,
     part_names,
 )
-from .settings import LARGEST, require_settings
+from .settings import require_settings
 from .single_file import SUFFIX, Checkpoint, configuration, is_file, load_checkpoint, read_checkpoint
 from .sizes import Size, video_size
 from .trial import require_runs
@@ -370,7 +370,7 @@ def at_size(backbone: Backbone, size: Size | None) -> Backbone:
         return backbone
     if not isinstance(backbone, Sized):
         raise ValueError(f"size: got {size}, {backbone.name} makes images of one size; leave it out")
-    unit, most = backbone.pixels * backbone.multiple, LARGEST * backbone.pixels
+    unit, most = backbone.pixels * backbone.multiple, backbone.largest * backbone.pixels
     if not isinstance(size, int) or not unit <= size <= most or size % unit:
         raise ValueError(f"size: got {size}, allowed for {backbone.name} are multiples of {unit} up to {most}")
     return backbone.at(size // backbone.pixels)

@@ -300,13 +300,13 @@ def places_in(pipe: DiffusionPipeline) -> dict[tuple[str, str], Target]:
             for known in {name, bare, f"text_model.{bare}"} if part.startswith("text_encoder") else {name}:
                 places[part, flat(known)] = target
         if part in DENOISERS:
-            counts = Counter(original for _, original in family.original_names(network))
-            several = {original for original, count in counts.items() if count > 1}
-            for name, original in family.original_names(network):
-                if original in several or original.endswith("final_layer.adaLN_modulation.1"):
+            # A module around a layer may have the layer's original name too, and is none.
+            names = [(name, original) for name, original in family.original_names(network) if name in layers]
+            counts = Counter(original for _, original in names)
+            for name, original in names:
+                if counts[original] > 1 or original.endswith("final_layer.adaLN_modulation.1"):
                     continue  # rows of one layer, and rows in another order, have no layer of their own
-                if name in layers:
-                    places.setdefault((part, flat(original)), Target(part, name, layers[name]))
+                places.setdefault((part, flat(original)), Target(part, name, layers[name]))
     return places
 
 

@@ -25,7 +25,7 @@ from .autoencoders import latents_of, pictures_of, scale_of
 from .experts import Experts, experts_of
 from .modules import dtype_of
 from .schedulers import EDM_SIGNS, plain_config
-from .settings import read_settings, side
+from .settings import LARGEST, read_settings, side
 from .sizes import Size, VideoSize, video_size
 from .weights import UnfitError, load_network
 
@@ -35,6 +35,7 @@ OUTPUTS = ("conv_out", "proj_out", "final_layer.linear", "all_final_layer.2-1.li
 # Pixels that go through an autoencoder at once, 64 images of 64x64 or one of 512x512: the autoencoder then
 # needs less memory than the denoiser.
 PIXELS = 2**18
+SMALL_PATCHES = 8  # along each side of a small state of a transformer
 
 INDEX_CURE = "pass the folder that save_pretrained wrote"
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
@@ -181,6 +182,11 @@ class Sized(Latent):
         return self.image_size if self.size else 0
 
     @property
+    def largest(self) -> int:
+        """Largest height and width of states."""
+        return LARGEST
+
+    @property
     @abstractmethod
     def multiple(self) -> int:
         """Number of which the height and width of states are multiples."""
@@ -288,17 +294,22 @@ class LatentUNet(WithUNet, Sized):
 
 
 @dataclass(frozen=True)
-class LatentTransformer(Latent):
-    """A latent backbone with a transformer.
-
-    A transformer samples at the size that it was made for.
-    """
+class LatentTransformer(Sized):
+    """A latent backbone with a transformer, which has positions for patches of any size."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         config = self.pipe.transformer.config
-        size = side("transformer", config.sample_size)
+        size = side("transformer", config.sample_size, self.size)
         return (config.in_channels, size, size)
+
+    @property
+    def multiple(self) -> int:
+        return int(self.pipe.transformer.config.patch_size)
+
+    @property
+    def small(self) -> int:
+        return SMALL_PATCHES * self.multiple
 
 
 Defer = Callable[[type[nn.Module], Path, str, torch.dtype], nn.Module | None]
@@ -612,11 +623,16 @@ def repeated_blocks(network: nn.Module) -> list[nn.Module]:
 
     Blocks of one class are compiled once. Empty where no class occurs twice.
     """
-    found = _blocks(network)
-    known = {id(b) for b in found}
-    innermost = [b for b in found if not any(id(part) in known for part in b.modules() if part is not b)]
+    innermost = innermost_blocks(network)
     counts = Counter(type(b) for b in innermost)
     return [b for b in innermost if counts[type(b)] > 1]
+
+
+def innermost_blocks(network: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a network that have no blocks inside."""
+    found = _blocks(network)
+    known = {id(b) for b in found}
+    return [b for b in found if not any(id(part) in known for part in b.modules() if part is not b)]
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:

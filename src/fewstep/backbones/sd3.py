@@ -34,6 +34,10 @@ class StableDiffusion3(LatentTransformer):
         return "time_text_embed.timestep_embedder.linear_2"
 
     @property
+    def largest(self) -> int:
+        return int(self.pipe.transformer.config.pos_embed_max_size) * self.multiple
+
+    @property
     def feature_layers(self) -> tuple[str, ...]:
         # A block returns a pair, text and image. Its feed-forward layer returns one tensor.
         return transformer_features(self.pipe.transformer.transformer_blocks, ".ff")

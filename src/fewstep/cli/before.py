@@ -25,7 +25,7 @@ from ..runs.place import place_checks, unwritable, writing_check
 from ..runs.recipe import DistillRecipe, FinetuneRecipe
 from ..runs.rehearsal import Trial, disk_check, student_check, trial_of
 from ..runs.trajectory_sources import trajectory_times
-from ..training.memory import module_bytes
+from ..training.ledger import module_bytes
 from ..training.saving import free_memory
 from .finish import origin_of
 from .preflight import in_first

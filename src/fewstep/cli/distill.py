@@ -50,8 +50,8 @@ from ..runs.recipe import DataConfig, DistillRecipe, first_stage, read_recipe, r
 from ..runs.record import versions
 from ..runs.watch import Trend
 from ..student.folder import card_time, find_folder, read_card, require_folder
+from ..training.ledger import storage_bytes
 from ..training.loop import Step, default_device, distill, require_trajectories, restore
-from ..training.memory import storage_bytes
 from ..training.optimizer import OptimizerName, state_bytes
 from ..training.optimizer import require as require_optimizer
 from ..training.precision import dtype_of_blocks, fix_workspace

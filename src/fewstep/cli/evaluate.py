@@ -230,7 +230,7 @@ def listed_prompts(known: "PromptList", given: Sequence[str] | None) -> tuple[st
 
     A list that does not ship is `given`, or a data set of the hub. Raises ValueError.
     """
-    from ..evaluation.prompt_lists import checked, shipped_prompts
+    from ..evaluation.prompt_lists import checked, fetched_prompts, shipped_prompts
 
     if given is not None:
         return checked(known, given)
@@ -240,7 +240,7 @@ def listed_prompts(known: "PromptList", given: Sequence[str] | None) -> tuple[st
     if not known.hub:
         raise ValueError(f"prompts: the list {known.name} does not ship; {cure}")
     try:
-        return checked(known, find_prompts(known.hub)[0])
+        return fetched_prompts(known) if known.files else checked(known, find_prompts(known.hub)[0])
     except ValueError as error:
         raise ValueError(f"prompts: the list {known.name} ships with no package ({error}); {cure}") from error
 

@@ -136,7 +136,7 @@ def errors_along(method: Method, roles: Roles, paths: Trajectories, count: int =
             times = method.times(teacher.schedule, steps)
             own = {
                 f"DDIM, {steps}": (guided(teacher, teacher.module, cond, null, method.guidance), DDIM, None),
-                f"student, {steps}": (student_of(method, roles, cond, steps), solver_named(method.solver), roles.head),
+                f"student, {steps}": (student_of(method, roles, cond, steps), solver_named(method.sampler), roles.head),
             }
             for name, (denoise, solver, correct) in own.items():
                 states = [

@@ -226,7 +226,7 @@ def evaluate(
         typer.Option(
             help=(
                 "More metrics, with commas between: clip_score, pickscore, hpsv21, aesthetic, imagereward, hpsv3, "
-                "vqascore, fid, kid. A line says what each needs."
+                "vqascore, vbench, fid, fid_torch, kid, lpips. A line says what each needs."
             )
         ),
     ] = "",
@@ -239,7 +239,7 @@ def evaluate(
         typer.Option(help="Other students to run beside it, with commas between: names of public ones, or folders."),
     ] = "",
     install: Annotated[
-        str | None, typer.Option(help="Make the environment of one metric: imagereward, hpsv3 or vqascore.")
+        str | None, typer.Option(help="Make what a metric needs: imagereward, hpsv3, vqascore, vbench or lpips.")
     ] = None,
 ) -> None:
     """Measure a student beside its teacher and write eval.json."""

@@ -5,17 +5,18 @@ With `--memory`, the plan finds settings that make a recipe fit a card: first th
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
 from rich.table import Table
 
 from ..backbones.base import Backbone
+from ..backbones.encoders import at_once
 from ..backbones.load import at_size, quiet
 from ..backbones.meta import meta_teacher
 from ..backbones.parts import DiffusersBackbone, networks
-from ..data.prompts import CHUNK, Embeddings
+from ..data.prompts import Embeddings
 from ..names import quoted
 from ..reading import reason
 from ..report.words import plural, size
@@ -23,7 +24,9 @@ from ..roles.quantized import KINDS, Kind, layers_of, quantize
 from ..runs.init import roles_for
 from ..runs.recipe import DistillRecipe, first_stage, read_recipe
 from ..runs.trajectory_sources import trajectory_times
-from ..training.memory import Training, calls_alone, module_bytes, peak_bytes, training_bytes
+from ..training.ledger import module_bytes
+from ..training.memory import Training, calls_alone, peak_bytes, training_bytes
+from ..training.once import Costs
 from ..training.optimizer import OPTIMIZERS, OptimizerName
 from .preflight import note_shadowed
 from .progress import console
@@ -39,7 +42,16 @@ ROUNDED = {
     "train.optimizer": "Adam's moments are kept in 8 bits",
     "roles.quantize": "the base's weights are quantized, the teacher's too",
 }
+LONGEST = "word " * 1024  # longer than any network's text: Z-Image and language models take as many tokens as there are
 LEAST_BATCH = 4  # below this batch, checkpointing is faster than smaller batches
+
+
+class TooLargeError(ValueError):
+    """A recipe that fits a card with no settings: the smallest of them need `needed` bytes."""
+
+    def __init__(self, text: str, needed: int) -> None:
+        super().__init__(text)
+        self.needed = needed
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,7 @@ class Plan:
     around: Surroundings
     training: Training
     cards: int = 1
+    costs: Costs = field(default_factory=Costs, compare=False)  # for further plans of the same teacher
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -126,7 +139,7 @@ def run_plan(
 ) -> None:
     """Print the plan, and with `memory` the settings that fit.
 
-    Raises ValueError with one line where no settings fit.
+    Raises TooLargeError with one line where no settings fit.
     """
     quiet()
     recipe = read_recipe(source, overrides, DistillRecipe, given)
@@ -167,8 +180,9 @@ def plans_of(recipe: DistillRecipe, cards: int = 1) -> tuple[Backbone, list[Plan
     """
     teacher = meta_of(recipe)
     stages = [recipe] if recipe.warm_start is None else [first_stage(recipe), recipe]
+    costs = Costs()
     try:
-        return teacher, [plan_of(stage, teacher, around_training(stage, teacher), cards) for stage in stages]
+        return teacher, [plan_of(stage, teacher, around_training(stage, teacher), cards, costs) for stage in stages]
     # These come from networks that do not fit their configuration.
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ZeroDivisionError) as error:
         raise ValueError(
@@ -191,23 +205,27 @@ def fit(made: Plan, teacher: Backbone, usable: int, prefix: str) -> tuple[list[s
     """Return settings of a stage that fit, and the bytes needed.
 
     The settings are the fastest of those with the same result; where there are none, those that round the
-    least. Raises ValueError with one line where no settings fit.
+    least. Raises TooLargeError with one line where no settings fit.
     """
     if made.least <= usable:
         return [], made.least
     found, needed = fastest(made, teacher, usable, prefix)
+    known = {made.recipe.roles.quantize: (teacher, made.costs)}
     for sets, recipe in roundings(made.recipe, teacher, prefix) if found is None else ():
-        hollow = meta_of(recipe)
-        rounded = plan_of(recipe, hollow, around_training(recipe, hollow), made.cards)
+        if (base := recipe.roles.quantize) not in known:
+            known[base] = meta_of(recipe), Costs()
+        hollow, costs = known[base]
+        rounded = plan_of(recipe, hollow, made.around, made.cards, costs)
         ways, needed = ([], rounded.least) if rounded.least <= usable else fastest(rounded, hollow, usable, prefix)
         if ways is not None:
             return [*sets, *ways], needed
     if found is not None:
         return found, needed
     bf16 = "; --set dtype=bfloat16 halves the base's weights" if made.recipe.dtype == "float32" else ""
-    raise ValueError(
+    raise TooLargeError(
         f"--memory: {made.recipe.name} needs {size(needed)} with the smallest batch, "
-        f"checkpointing and all that rounds, {size(usable)} are usable{bf16}"
+        f"checkpointing and all that rounds, {size(usable)} are usable{bf16}",
+        needed,
     )
 
 
@@ -224,7 +242,7 @@ def fastest(made: Plan, teacher: Backbone, usable: int, prefix: str) -> tuple[li
         while ways and first <= last:
             middle = last if fitting is None else (first + last) // 2
             sets, recipe = ways[middle]
-            needed = plan_of(recipe, teacher, made.around, made.cards).least
+            needed = plan_of(recipe, teacher, made.around, made.cards, made.costs).least
             if needed <= usable:
                 fitting, last = (sets, needed), middle - 1
             elif fitting is None:
@@ -295,7 +313,8 @@ def around_training(recipe: DistillRecipe, teacher: Backbone) -> Surroundings:
     assert isinstance(sized, DiffusersBackbone)
     encoders = {n: m for n, m in sized.pipe.components.items() if any(m is e for e in sized.encoders)}
     idle = [n for n in networks(sized.pipe) if n is not sized.module and n not in sized.encoders]
-    alone = calls_alone(lambda: sized.encode([""] * CHUNK), list(encoders.values())) if encoders else []
+    texts = [LONGEST] * at_once(sized.encoders)
+    alone = calls_alone(lambda: sized.encode(texts), list(encoders.values())) if encoders else []
     return Surroundings(
         tuple(Phase(f"encoding prompts: {n} alone", b) for n, b in zip(encoders, alone, strict=True)),
         sum(module_bytes(n) for n in idle),
@@ -303,15 +322,27 @@ def around_training(recipe: DistillRecipe, teacher: Backbone) -> Surroundings:
     )
 
 
-def plan_of(recipe: DistillRecipe, teacher: Backbone, around: Surroundings, cards: int = 1) -> Plan:
-    """Return the plan of one training."""
+def plan_of(
+    recipe: DistillRecipe, teacher: Backbone, around: Surroundings, cards: int = 1, costs: Costs | None = None
+) -> Plan:
+    """Return the plan of one training.
+
+    `costs` are those of earlier plans of the same teacher.
+    """
     sized, method = at_size(teacher, recipe.size), recipe.method
-    data = Embeddings(sized.encode([""] * 2), sized.encode([""]), [""] * 2, 0, "")
-    times = trajectory_times(method, sized)
+    data = longest_texts(sized)
+    times, known = trajectory_times(method, sized), Costs() if costs is None else costs
     counted = training_bytes(
-        sized, lambda: roles_for(sized, method, recipe.roles), method, times, recipe.train, data, cards
+        sized, lambda: roles_for(sized, method, recipe.roles), method, times, recipe.train, data, cards, known=known
     )
-    return Plan(recipe, around, counted, cards)
+    return Plan(recipe, around, counted, cards, known)
+
+
+def longest_texts(backbone: Backbone) -> Embeddings:
+    """Return two prompts of as many tokens as the networks take."""
+    assert isinstance(backbone, DiffusersBackbone)
+    text = LONGEST if backbone.encoders else ""
+    return Embeddings(backbone.encode([text] * 2), backbone.encode([text]), [text] * 2, 0, "")
 
 
 def show(made: Plan) -> None:

@@ -23,6 +23,22 @@ def uniform(schedule: Schedule, steps: int, shift: float = 1.0) -> Tensor:
     return time_at(schedule, shift * u / (1 + (shift - 1) * u))
 
 
+def random(schedule: Schedule, steps: int, generator: torch.Generator) -> Tensor:
+    """Return a K-step time grid with random inner times.
+
+    The K - 1 inner fractions of the path are independent and uniform; on a table they are different times.
+    `[K + 1]`, float64, decreasing, from pure noise to clean data.
+
+    Source: CDM, arXiv 2605.06376.
+    """
+    u = torch.rand(steps - 1, generator=generator, dtype=torch.float64, device=generator.device).cpu().sort().values
+    if schedule.resolution:
+        # Ordered draws from the first T - K + 1 times, each moved up by its place, are different.
+        levels = round((schedule.t_max - schedule.t_clean) / schedule.resolution)
+        u = ((u * (levels - steps + 1)).floor() + torch.arange(1, steps)) / levels
+    return time_at(schedule, torch.cat([torch.ones(1), u.flip(0), torch.zeros(1)]).double())
+
+
 def even(schedule: Schedule, times: Tensor) -> bool:
     """Return whether a grid equals the uniform grid of its length."""
     return torch.allclose(times.double(), uniform(schedule, len(times) - 1), rtol=1e-9, atol=1e-9)

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..atomic import SHA256, growing_header, read_hashed, require_room, write_growing
 from ..backbones.base import Backbone, Cond
+from ..backbones.encoders import at_once
 from ..backbones.modules import dtype_of
 from ..backbones.parts import SizeConditioned
 from ..processes import any_rank, barrier, this_process
@@ -138,7 +139,6 @@ def _hub(source: str, column: str | None) -> Iterable[tuple[str, object]]:
     yield from ((f"{where}, row {i}", value) for i, value in enumerate(data.select_columns([name])[name]))
 
 
-CHUNK = 64  # prompts that are encoded at once
 FEW = 8  # prompts by which a cache is judged
 LAYOUT = "packed"  # of a cache; another layout has other keys
 Kept = Callable[[Path, int], None]  # called with the file that is going to be written, and the size in bytes
@@ -318,18 +318,19 @@ def embed(
     prompts: Sequence[str],
     cache: Path | None,
     identity: str,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     keep: Kept = ignore,
     together: bool = False,
 ) -> Embeddings:
     """Encode prompts once, or read the conditions from the cache.
 
-    `cache` is a folder; with a cache, only one chunk is in memory. Padding is not stored. `identity` names the
+    `cache` is a folder; with a cache, only one chunk is in memory, by default of as many prompts as the encoders
+    take at once. Padding is not stored. `identity` names the
     encoder: a change of the identity invalidates the cache, as a change of dtype does. `keep` is called with
     the file before the file is written, and with about the size of the cache. With `together`, all processes
     call, and each encodes a share into a file of its own. Raises OSError if there is no room for the file.
     """
-    encoding = Encoding(backbone, prompts, identity, chunk)
+    encoding = Encoding(backbone, prompts, identity, at_once(backbone.encoders) if chunk is None else chunk)
     state = this_process() if together and cache is not None else None
     rank, processes = (0, 1) if state is None else (state.process_index, state.num_processes)
     if cache is not None and (files := encoding.found(cache)):
@@ -369,7 +370,7 @@ def embedding_bytes(backbone: Backbone, prompts: Sequence[str]) -> int:
     With fake (meta) tensors, which have no padding to be told, the bytes at most.
     """
     few = [prompts[i] for i in torch.linspace(0, len(prompts) - 1, min(FEW, len(prompts))).long().tolist()]
-    encoded = Encoding(backbone, few, "", CHUNK).encode(few)
+    encoded = Encoding(backbone, few, "", len(few)).encode(few)
     hollow = any(isinstance(v, FakeTensor) for v in encoded.values())
     taken = sum(v.nbytes for v in encoded.values()) if hollow else packed_bytes(encoded)
     return taken * len(prompts) // len(few)

@@ -6,10 +6,11 @@ Their packages pin old versions of others.
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from ..hashes import sha256_of
 from ..reading import reading
+from . import lpips, weights
+from .scorer import DIMENSIONS
 from .scorers import pil_images
 
 PLACE = "FEWSTEP_ENVIRONMENTS"  # environment variable: a folder of virtual environments
@@ -44,12 +47,59 @@ for line in sys.stdin:
 class Environment:
     """A score in an environment of its own.
 
-    `code` runs there and defines `score(paths, prompts)`, a list of numbers.
+    `code` runs there and defines `score(paths, prompts)`, a list of numbers of images, or of `clips`. Scores of one
+    package share the environment `home`; by default it has the score's name.
     """
 
     key: str
     requirements: tuple[str, ...]
     code: str
+    home: str = ""
+    clips: bool = False
+
+    @property
+    def folder(self) -> str:
+        """Return the name of the environment, which `--install` takes."""
+        return self.home or self.key
+
+
+VBENCH = "vbench"  # the environment of all its dimensions
+# VBench loads its networks for every call: here once, as a process has one dimension.
+VBENCH_CODE = """
+import importlib, json, os, tempfile
+import torch
+from vbench import VBench
+dimension = {dimension!r}
+def once(load):
+    kept = []
+    def first(*args, **options):
+        if not kept:
+            kept.append(load(*args, **options))
+        return kept[0]
+    return first
+module = importlib.import_module("vbench." + dimension)
+for name in ("MotionSmoothness", "DynamicDegree", "MUSIQ", "get_aesthetic_model"):
+    if name in vars(module):
+        setattr(module, name, once(vars(module)[name]))
+if "clip" in vars(module):
+    module.clip.load = once(module.clip.load)
+torch.hub.load = once(torch.hub.load)
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+scale = 100 if dimension == "imaging_quality" else 1
+def score(paths, prompts):
+    with tempfile.TemporaryDirectory() as out:
+        judge, folder = VBench(device, "", out), os.path.dirname(paths[0])
+        judge.evaluate(folder, "x", dimension_list=[dimension], mode="custom_input")
+        with open(os.path.join(out, "x_eval_results.json")) as file:
+            each = json.load(file)[dimension][1]
+    found = {{os.path.basename(one["video_path"]): float(one["video_results"]) / scale for one in each}}
+    return [found[os.path.basename(path)] for path in paths]
+"""
+
+
+def _vbench(dimension: str) -> Environment:
+    requirements = ("torch", "torchvision", "vbench==0.1.5")
+    return Environment(f"vbench_{dimension}", requirements, VBENCH_CODE.format(dimension=dimension), VBENCH, clips=True)
 
 
 ENVIRONMENTS = {
@@ -80,6 +130,38 @@ ENVIRONMENTS = {
             "def score(paths, prompts):\n"
             "    return [model(images=[a], texts=[b])[0][0].item() for a, b in zip(paths, prompts)]\n",
         ),
+        *map(_vbench, DIMENSIONS),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A file of weights, made once from those of a package.
+
+    `code` runs in an environment that is deleted afterwards, and writes the file that it is told. `file` is its place
+    in the folder of weights.
+    """
+
+    key: str
+    requirements: tuple[str, ...]
+    file: Path
+    code: str
+
+
+CONVERSIONS = {
+    c.key: c
+    for c in (
+        Conversion(
+            "lpips",
+            ("torch", "torchvision", "lpips==0.1.4", "safetensors"),
+            lpips.FILE,
+            "import sys\n"
+            "import lpips\n"
+            "from safetensors.torch import save_file\n"
+            "tensors = lpips.LPIPS(net='alex', verbose=False).state_dict()\n"
+            "save_file({k: v.contiguous() for k, v in tensors.items() if not k.startswith('lins.')}, sys.argv[1])\n",
+        ),
     )
 }
 
@@ -89,21 +171,28 @@ def place() -> Path:
     return Path(os.environ.get(PLACE) or Path.home() / ".cache" / "fewstep" / "environments")
 
 
-def python_of(key: str) -> Path:
+def python_of(folder: str) -> Path:
     """Return the interpreter of an environment, there or not."""
-    return place() / key / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    return place() / folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
 def install(key: str) -> Path:
-    """Make the environment of a score, and return its folder.
+    """Make the environment of a score, or a file of weights.
 
-    Raises ValueError in one line where it cannot be made.
+    Returns where it is. Raises ValueError in one line where it cannot be made.
     """
-    if key not in ENVIRONMENTS:
-        raise ValueError(f"--install: got {key}; choose one of {', '.join(ENVIRONMENTS)}")
+    known = {**{e.folder: e for e in ENVIRONMENTS.values()}, **CONVERSIONS}
+    if key not in known:
+        raise ValueError(f"--install: got {key}; choose one of {', '.join(known)}")
     folder, python = place() / key, str(python_of(key))
     _run([sys.executable, "-m", "venv", "--clear", str(folder)], key)
-    _run([python, "-m", "pip", "install", "--quiet", *ENVIRONMENTS[key].requirements], key)
+    _run([python, "-m", "pip", "install", "--quiet", *known[key].requirements], key)
+    if key in CONVERSIONS:
+        file = weights.place() / CONVERSIONS[key].file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _run([python, "-c", CONVERSIONS[key].code, str(file)], key)
+        shutil.rmtree(folder)
+        return file
     (folder / PACKAGES).write_text(_run([python, "-m", "pip", "freeze"], key), encoding="utf-8")
     return folder
 
@@ -112,7 +201,8 @@ def _run(command: Sequence[str], key: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-        raise ValueError(f"--install {key}: {Path(command[0]).name} {command[2]} failed ({said}); look at the network")
+        step = "weights" if command[1] == "-c" else command[2]
+        raise ValueError(f"--install {key}: {Path(command[0]).name} {step} failed ({said}); look at the network")
     return done.stdout
 
 
@@ -120,30 +210,43 @@ def _run(command: Sequence[str], key: str) -> str:
 class EnvironmentScorer:
     """A score that another process computes.
 
-    The process starts with the first images and ends with `close`.
+    The process starts with the first images and ends with `close`. With `write_clip`, which writes one clip
+    [F, 3, H, W] as mp4, it scores clips.
     """
 
     key: str
     python: Path
     code: str
     weights: Mapping[str, str] = field(default_factory=dict)
+    write_clip: Callable[[Path, Tensor], object] | None = None
     process: "subprocess.Popen[str] | None" = None
 
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score images.
+    @property
+    def clips(self) -> bool:
+        """Whether it scores clips, and no images."""
+        return self.write_clip is not None
 
-        Returns [B] of images [B, 3, H, W] in [0, 1]. Raises ValueError where the process ends without an answer.
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score images or clips.
+
+        Returns [B] of images [B, 3, H, W], or of clips [B, F, 3, H, W], in [0, 1]. Raises ValueError where the process
+        ends without an answer.
         """
         with tempfile.TemporaryDirectory(prefix="fewstep-scores-") as name:
-            folder = Path(name)
-            paths = [folder / f"{i:04d}.png" for i in range(len(images))]
-            for path, image in zip(paths, pil_images(images), strict=True):
-                image.save(path)
+            folder, ending = Path(name), "png" if self.write_clip is None else "mp4"
+            (folder / "seen").mkdir()
+            paths = [folder / "seen" / f"{i:04d}.{ending}" for i in range(len(images))]
+            if self.write_clip is None:
+                for path, image in zip(paths, pil_images(images), strict=True):
+                    image.save(path)
+            else:
+                for path, clip in zip(paths, images, strict=True):
+                    self.write_clip(path, clip)
             answer, request = folder / "answer.json", folder / "request.json"
             asked = {"images": [str(p) for p in paths], "prompts": list(prompts), "answer": str(answer)}
             request.write_text(json.dumps(asked), encoding="utf-8")
             self._ask(str(request))
-            with reading(f"--metrics {self.key}: its answer", f"run: fewstep evaluate --install {self.key}"):
+            with reading(f"--metrics {self.key}: its answer", f"run: fewstep evaluate --install {self._environment()}"):
                 return torch.tensor(json.loads(answer.read_text(encoding="utf-8")), dtype=torch.float32)
 
     def _ask(self, request: str) -> None:
@@ -164,8 +267,11 @@ class EnvironmentScorer:
             self.close()
             raise ValueError(
                 f"--metrics {self.key}: its process ended without an answer, its last words are above; "
-                f"run: fewstep evaluate --install {self.key}"
+                f"run: fewstep evaluate --install {self._environment()}"
             )
+
+    def _environment(self) -> str:
+        return ENVIRONMENTS[self.key].folder
 
     def close(self) -> None:
         """End the process."""
@@ -177,16 +283,17 @@ class EnvironmentScorer:
             self.process = None
 
 
-def environment_scorer(key: str) -> EnvironmentScorer:
+def environment_scorer(key: str, write_clip: Callable[[Path, Tensor], object]) -> EnvironmentScorer:
     """Return the score of an environment that is there.
 
-    Raises ValueError in one line where it is not.
+    `write_clip` writes one clip as mp4. Raises ValueError in one line where the environment is not there.
     """
-    python, packages = python_of(key), place() / key / PACKAGES
+    known = ENVIRONMENTS[key]
+    python, packages = python_of(known.folder), place() / known.folder / PACKAGES
     if not python.exists() or not packages.is_file():
         raise ValueError(
             f"--metrics {key}: it needs an environment of its own, for its old versions; "
-            f"run: fewstep evaluate --install {key}"
+            f"run: fewstep evaluate --install {known.folder}"
         )
-    digest = sha256_of(packages)
-    return EnvironmentScorer(key, python, ENVIRONMENTS[key].code, {f"environments/{key}/{PACKAGES}": digest})
+    record = {f"environments/{known.folder}/{PACKAGES}": sha256_of(packages)}
+    return EnvironmentScorer(key, python, known.code, record, write_clip if known.clips else None)

@@ -22,8 +22,16 @@ from .. import __version__
 from ..hashes import hash_of
 from .alignment import diversity
 from .bootstrap import BLOCK, Groups, groups_of
-from .distances import Moments, frechet_distance, moments, principal_components
+from .distances import (
+    KernelReference,
+    Moments,
+    frechet_distance,
+    kernel_reference,
+    moments,
+    principal_components,
+)
 from .features import WIDTH, features
+from .lpips import perceptual_diversity
 from .measure import FeatureExtractor
 from .plan import digest, seed_of
 from .prompt_lists import LISTS, PromptList
@@ -131,9 +139,11 @@ class Drawn:
     memory: float | None
     scores: Mapping[str, Tensor]
     deep: Tensor | None = None
-    deep_real: Tensor | None = None
+    deep_real: KernelReference | None = None
     deep_moments: Moments | None = None
-    gallery: Tensor | None = None
+    torch_moments: Moments | None = None
+    perceptual: Tensor | None = None
+    gallery: KernelReference | None = None
     ranks: Tensor | None = None
     held_out_ranks: Tensor | None = None
     tones: tuple[Tensor, Tensor] | None = None
@@ -256,8 +266,9 @@ def evaluate_images(
     others_own = None if others is None else moments(space(others[:count].double()) * unit)
     deep_real = None if real is None or extra.deep is None else gauge.deep_of(shuffled(real)[:count])
     goal_moments = extra.reference
-    if goal_moments is None and extra.fid and deep_real is not None:
+    if goal_moments is None and (extra.fid or extra.fid_torch) and deep_real is not None:
         goal_moments = moments(deep_real)
+    kernel = kernel_reference(deep_real) if extra.kid and deep_real is not None else None
     keys = [scorer.key for scorer in extra.scorers]
     spreads = [spread_of(x, drawn.prompts, groups) for x in points]
     theirs = None if best is None else spreads[best]
@@ -269,6 +280,8 @@ def evaluate_images(
         if best is not None and not same and theirs is not None:
             between_seeds = theirs.seeds or float(torch.pdist(points[best]).mean()) or 1.0
             apart = (points[i] - points[best]).norm(dim=1) / between_seeds
+
+        seen = None if extra.pairs is None else perceptual_diversity(extra.pairs, measured[i].pictures, groups.rows)
 
         def drawn_at(chosen: Tensor | None) -> Drawn:
             index = slice(None) if chosen is None else groups.images(chosen)
@@ -290,8 +303,10 @@ def evaluate_images(
                 memory=measured[i].peak(),
                 scores={key: scores[index] for key, scores in measured[i].named(keys).items()},
                 deep=None if extra.deep is None else measured[i].deep[index],
-                deep_real=deep_real if extra.kid else None,
+                deep_real=kernel,
                 deep_moments=goal_moments if extra.fid else None,
+                torch_moments=goal_moments if extra.fid_torch else None,
+                perceptual=seen if seen is None or chosen is None else seen[chosen],
             )
 
         return drawn_at

@@ -1,10 +1,10 @@
-"""FID and KID in Inception's features, as clean-fid computes them.
+"""FID and KID in Inception's features.
 
-Images are resized by PIL's bicubic filter channel by channel, without rounding (Parmar et al., arXiv:2104.11222), and
-enter the network of 2015-12-05 as `(RGB_255 - 128) / 128`.
+Images enter the network of 2015-12-05 as `(RGB_255 - 128) / 128`. They are resized as clean-fid does, by PIL's bicubic
+filter channel by channel, without rounding (Parmar et al., arXiv:2104.11222), or as torch-fidelity does.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -35,12 +35,13 @@ class Inception:
     """Inception's features, of images in [0, 1]."""
 
     network: FeatureNetwork
+    resize: Callable[[Tensor], Tensor]
     weights: Mapping[str, str] = field(default_factory=dict)
 
     def features(self, images: Tensor) -> Tensor:
         """Return the features [N, D] of images [N, 3, H, W]."""
         with torch.inference_mode():
-            parts = [self.network((clean_resize(part) - 128) / 128).flatten(1) for part in images.split(BATCH)]
+            parts = [self.network((self.resize(part) - 128) / 128).flatten(1) for part in images.split(BATCH)]
         return torch.cat(parts).float().cpu()
 
 
@@ -58,17 +59,33 @@ def clean_resize(images: Tensor, size: int = SIZE) -> Tensor:
     return torch.from_numpy(np.stack(channels)).unflatten(0, (len(images), 3))
 
 
+def torch_resize(images: Tensor, size: int = SIZE) -> Tensor:
+    """Resize images as TensorFlow 1 did, and torch-fidelity and torchmetrics do.
+
+    Output pixel i is interpolated at `i in / out`, without antialiasing. images [N, 3, H, W] in [0, 1] become
+    [N, 3, size, size] in [0, 255].
+    """
+    x = (images.detach().cpu().float().clamp(0, 1) * 255).round()
+    for dim in (2, 3):
+        place = torch.arange(size, dtype=torch.float32) * (x.shape[dim] / size)
+        low = place.floor().long()
+        part = (place - low).view(-1, *[1] * (3 - dim))
+        x = x.index_select(dim, low).lerp(x.index_select(dim, (low + 1).clamp(max=x.shape[dim] - 1)), part)
+    return x
+
+
 def load_inception(metric: str) -> Inception:
     """Load the network that FID is defined by.
 
-    Raises ValueError in one line where the file is not there.
+    It resizes images as the metric says. Raises ValueError in one line where the file is not there.
     """
     file = place() / "inception" / FILE
     if not file.is_file():
         raise ValueError(f"--metrics {metric}: its network is not here; put {URL} into {file.parent}")
     with reading(f"weights {file}:", "fetch it again"):
         network = torch.jit.load(str(file), map_location="cpu").eval()
-    return Inception(network.layers, {f"inception/{FILE}": sha256_of(file)})
+    resize = torch_resize if metric == "fid_torch" else clean_resize
+    return Inception(network.layers, resize, {f"inception/{FILE}": sha256_of(file)})
 
 
 def read_statistics(file: Path) -> Moments:

@@ -18,6 +18,7 @@ from ..tensors import finite
 from .alignment import BINS, colour_histogram
 from .features import feature_network, features
 from .looks import LOOKS, looks
+from .lpips import SIDE, pictures
 from .scorer import NO_EXTRA, Extra
 from .speed import Sampled, timed
 
@@ -34,7 +35,7 @@ class Measured:
 
     `embeddings` [n, K], colour histograms `colours` [n, 125] (or [n, 0]) and appearance `looks` [n, 7]; of each
     batch the `seconds` per image and the largest `memory` in MiB. `scores` [n, S] are those of S scorers, and `deep`
-    [n, D] other features; both may have no columns.
+    [n, D] other features, and `pictures` [n, 3 * 64 * 64] small copies; all three may have no columns.
     """
 
     embeddings: Tensor
@@ -42,6 +43,7 @@ class Measured:
     looks: Tensor
     scores: Tensor
     deep: Tensor
+    pictures: Tensor
     seconds: Tensor
     memory: Tensor
 
@@ -103,9 +105,9 @@ class FeatureExtractor:
     def __init__(self, space: Space, colours: bool = True, extra: Extra = NO_EXTRA) -> None:
         self.network, self.space, self.colours, self.extra = feature_network(), space, colours, extra
         deep = 0 if extra.deep is None else extra.deep.features(torch.zeros(1, 3, 8, 8)).shape[1]
-        widths = (space.width, BINS**3 if colours else 0, len(LOOKS), len(extra.scorers), deep)
-        embeddings, histograms, looks, scores, features = (torch.empty(0, width) for width in widths)
-        self.nothing = Measured(embeddings, histograms, looks, scores, features, torch.empty(0), torch.empty(0))
+        small = 0 if extra.pairs is None else 3 * SIDE**2
+        widths = (space.width, BINS**3 if colours else 0, len(LOOKS), len(extra.scorers), deep, small)
+        self.nothing = Measured(*(torch.empty(0, width) for width in widths), torch.empty(0), torch.empty(0))
 
     def draw(self, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], row: str) -> Measured:
         """Sample and measure one batch.
@@ -131,6 +133,7 @@ class FeatureExtractor:
             looks(images, sampled.states),
             self._scores(images, prompts),
             torch.empty(len(images), 0) if self.extra.deep is None else self.deep_of(images),
+            torch.empty(len(images), 0) if self.extra.pairs is None else pictures(images),
             torch.tensor([sampled.seconds]),
             torch.tensor([0.0 if self.extra.stamp() else sampled.memory]),  # other networks lie beside the sampled one
         )
@@ -147,12 +150,19 @@ class FeatureExtractor:
     def _scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the scores [B, S].
 
-        That of a clip is the mean over a few of its frames.
+        That of a clip is the mean over a few of its frames, unless the scorer takes clips as a whole. Raises ValueError
+        where such a scorer is given images.
         """
-        stills = _stills(images)
+        stills, found = _stills(images), []
         asked = [prompt for prompt in prompts for _ in range(stills.shape[1])]
-        each = [scorer.score(stills.flatten(0, 1), asked) for scorer in self.extra.scorers]
-        found = [scores.float().cpu().unflatten(0, stills.shape[:2]).mean(1) for scores in each]
+        for scorer in self.extra.scorers:
+            if scorer.clips and images.ndim == 4:
+                raise ValueError(f"--metrics {scorer.key}: is of videos, this model makes images; leave it out")
+            if scorer.clips:
+                found.append(scorer.score(images, prompts).float().cpu())
+            else:
+                scores = scorer.score(stills.flatten(0, 1), asked).float().cpu()
+                found.append(scores.unflatten(0, stills.shape[:2]).mean(1))
         return torch.stack(found, 1) if found else torch.empty(len(images), 0)
 
     def deep_of(self, images: Tensor) -> Tensor:

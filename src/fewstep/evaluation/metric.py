@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from .distances import Moments
+from .distances import KernelReference, Moments
 
 
 class Measurement(Protocol):
@@ -31,7 +31,7 @@ class Measurement(Protocol):
         """Moments of the row's images."""
 
     @property
-    def gallery(self) -> Tensor | None:
+    def gallery(self) -> KernelReference | None:
         """Embeddings of named real images [N, K]."""
 
     @property
@@ -99,12 +99,20 @@ class Measurement(Protocol):
         """Features [n, D] in which FID and KID are distances."""
 
     @property
-    def deep_real(self) -> Tensor | None:
+    def deep_real(self) -> KernelReference | None:
         """Such features of real images."""
 
     @property
     def deep_moments(self) -> Moments | None:
         """The moments of such features, that FID compares with."""
+
+    @property
+    def torch_moments(self) -> Moments | None:
+        """The same of images that were resized as torch-fidelity does."""
+
+    @property
+    def perceptual(self) -> Tensor | None:
+        """Mean LPIPS between two seeds of each prompt [P]."""
 
     @property
     def seconds(self) -> float:

@@ -12,6 +12,7 @@ from .alignment import COLLAPSED, top
 from .distances import frechet_distance, kernel_distance, moments
 from .looks import column
 from .metric import Measurement, Metric
+from .scorer import DIMENSIONS
 
 LEAST = 1e-4  # of a teacher's appearance, below which nothing is compared with it
 
@@ -76,8 +77,16 @@ def _fid(m: Measurement) -> float | None:
     return None if m.deep is None or m.deep_moments is None else frechet_distance(m.deep_moments, moments(m.deep))
 
 
+def _fid_torch(m: Measurement) -> float | None:
+    return None if m.deep is None or m.torch_moments is None else frechet_distance(m.torch_moments, moments(m.deep))
+
+
 def _kid(m: Measurement) -> float | None:
     return None if m.deep is None or m.deep_real is None else kernel_distance(m.deep_real, m.deep)
+
+
+def _lpips(m: Measurement) -> float | None:
+    return None if m.perceptual is None else float(m.perceptual.double().mean())
 
 
 def _score(key: str, heading: str, digits: int, needs: str) -> Metric:
@@ -191,6 +200,14 @@ METRICS: dict[str, Metric] = {
             each=_apart,
         ),
         Metric("fid", "FID", _fid, 2, "low", needs="Inception, and real images or a reference"),
+        Metric(
+            "fid_torch",
+            "FID, resized as by torch-fidelity",
+            _fid_torch,
+            2,
+            "low",
+            needs="Inception, and real images or a reference",
+        ),
         Metric("kid", "KID, Inception", _kid, 4, "low", needs="Inception and real images"),
         _score("clip_score", "CLIP score", 2, "CLIP ViT-L/14"),
         _score("hpsv21", "HPSv2.1", 2, "HPSv2.1"),
@@ -199,8 +216,15 @@ METRICS: dict[str, Metric] = {
         _score("imagereward", "ImageReward", 3, "ImageReward, in an environment of its own"),
         _score("aesthetic", "Aesthetic score", 2, "LAION's predictor, version 2"),
         _score("vqascore", "VQAScore", 3, "VQAScore, in an environment of its own"),
+        *(
+            _score(
+                f"vbench_{name}", f"VBench, {name.replace('_', ' ')}", 3, "videos, VBench in an environment of its own"
+            )
+            for name in DIMENSIONS
+        ),
         Metric("diversity", "Diversity", lambda m: m.diversity, 2, shown=False, printed=False, curve=True),
         Metric("diversity_ratio", "Diversity, teacher = 1", _diversity_ratio, 2, curve=True, needs="a teacher"),
+        Metric("lpips", "LPIPS between seeds", _lpips, 3, needs="LPIPS's AlexNet"),
         Metric("variety_ratio", "Variety of prompts, teacher = 1", _variety_ratio, 2, needs="a teacher and prompts"),
         Metric("collapsed", "Collapsed", _collapsed, shown=False, printed=False, needs="a teacher"),
         _drift("brightness_ratio", "Brightness", _ratio("brightness")),
@@ -222,7 +246,9 @@ def values(measurement: Measurement, metrics: Sequence[Metric] = ()) -> dict[str
 
 
 # Metrics that are in eval.json only where they were asked for.
-OTHERS = tuple(m for m in METRICS.values() if m.key in ("fid", "kid") or m.each not in (None, _apart))
+OTHERS = tuple(
+    m for m in METRICS.values() if m.key in ("fid", "fid_torch", "kid", "lpips") or m.each not in (None, _apart)
+)
 # What drawn prompts change: time and memory are not numbers of prompts. The slow ones take seconds for each draw.
-SLOW = tuple(METRICS[key] for key in ("kid_real", "fid", "kid"))
+SLOW = tuple(METRICS[key] for key in ("kid_real", "fid", "fid_torch", "kid"))
 DRAWN = tuple(m for m in METRICS.values() if m.kind != "cost" and m not in SLOW and m.key != "collapsed")

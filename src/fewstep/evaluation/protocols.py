@@ -102,7 +102,7 @@ def evaluate(
         "reference_sha256": known.sha256,
     }
     measured = measured_rows(rows, drawn, gauge, list(stamp.values()), protocol.batch, cache, progress, shipped)
-    suite, most = MetricSuite(protocol, drawn, known, [s.key for s in extra.scorers]), best_teacher(rows)
+    suite, most = MetricSuite(protocol, drawn, known, extra), best_teacher(rows)
     best = None if most is None else measured[most]
     return {
         "protocol": protocol.name,
@@ -214,7 +214,7 @@ def measured_rows(
     Measurements kept in `cache` or `shipped` under the same `stamp` are reused.
     """
     measured: list[Measured] = []
-    kind = [*stamp, "looks", *gauge.extra.stamp()]  # measurements of fewstep 0.1.0 have none
+    kind = [*stamp, "looks", "pictures", *gauge.extra.stamp()]  # earlier measurements have none
     for row in rows:
         title = f"{row.model}-{row.steps}steps-guidance{row.guidance.scale:g}"
         special = [] if row.guidance == Guidance(scale=row.guidance.scale) else [json.dumps(asdict(row.guidance))]

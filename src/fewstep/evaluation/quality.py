@@ -1,6 +1,6 @@
 """Rows of emoji, measured against the real emoji."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,10 +8,12 @@ from torch import Tensor
 
 from .alignment import diversity, name_ranks, nearest_colours
 from .bootstrap import draws
-from .distances import Moments, frechet_distance, moments
+from .distances import KernelReference, Moments, frechet_distance, kernel_reference, moments
+from .lpips import perceptual_diversity
 from .measure import Measured
 from .plan import EmojiProtocol, Plan
 from .reference import Reference, without_tone
+from .scorer import NO_EXTRA, Extra
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Row:
     real: Moments
     teacher: Moments | None
     own: Moments
-    gallery: Tensor
+    gallery: KernelReference
     embeddings: Tensor
     ranks: Tensor
     held_out_ranks: Tensor
@@ -40,8 +42,10 @@ class Row:
     memory: float | None
     scores: Mapping[str, Tensor]
     deep: Tensor | None = None
-    deep_real: Tensor | None = None
+    deep_real: KernelReference | None = None
     deep_moments: Moments | None = None
+    torch_moments: Moments | None = None
+    perceptual: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,11 @@ class Drawn:
 class MetricSuite:
     """Measures rows of one plan against one reference."""
 
-    def __init__(self, protocol: EmojiProtocol, plan: Plan, reference: Reference, scorers: Sequence[str] = ()) -> None:
-        self.scorers = scorers
+    def __init__(self, protocol: EmojiProtocol, plan: Plan, reference: Reference, extra: Extra = NO_EXTRA) -> None:
+        self.scorers, self.pairs = [scorer.key for scorer in extra.scorers], extra.pairs
         self.protocol, self.plan, self.reference = protocol, plan, reference
         self.gallery = reference.halfway_white(reference.gallery)
-        self.real = self._moments(reference.gallery)
+        self.real, self.kernel = self._moments(reference.gallery), kernel_reference(reference.gallery)
         self.spread = float(torch.pdist(reference.gallery).mean())
 
     def floor(self) -> float:
@@ -112,6 +116,7 @@ class MetricSuite:
         if compared is not None and theirs is not None and their_within is not None:
             unit = float(their_within.mean()) or 1.0
             apart = (plain - theirs).norm(dim=1) / unit
+        seen = None if self.pairs is None else perceptual_diversity(self.pairs, row.pictures, self._repeated())
         others, their_others = _others(plain), None if theirs is None else _others(theirs)
 
         def at(drawn: Drawn) -> Row:
@@ -119,7 +124,7 @@ class MetricSuite:
                 real=self.real,
                 teacher=None if compared is None or theirs is None else self._moments(theirs[drawn.plain]),
                 own=self._moments(plain[drawn.plain]),
-                gallery=self.reference.gallery,
+                gallery=self.kernel,
                 embeddings=plain[drawn.plain],
                 ranks=ranks[drawn.plain],
                 held_out_ranks=held_out[drawn.held_out],
@@ -136,6 +141,7 @@ class MetricSuite:
                 seconds=row.fastest(self.protocol.batch),
                 memory=row.peak(),
                 scores={key: scores[plan.plain][drawn.plain] for key, scores in row.named(self.scorers).items()},
+                perceptual=None if seen is None else seen[drawn.repeated],
             )
 
         return at
@@ -154,9 +160,13 @@ class MetricSuite:
         return nearest_colours(row.colours[part], candidates) == asked
 
     def _diversities(self, row: Measured) -> Tensor:
-        firsts, again = row.embeddings[self.plan.plain][: self.protocol.repeated], row.embeddings[self.plan.again]
-        together = torch.cat([firsts[:, None], again.unflatten(0, (self.protocol.repeated, -1))], 1)
-        return diversity(together)
+        return diversity(row.embeddings[self._repeated()])
+
+    def _repeated(self) -> Tensor:
+        """Return the indices [R, S] of the images of each repeated prompt."""
+        count = self.protocol.repeated
+        every = torch.arange(len(self.plan.prompts))
+        return torch.cat([every[self.plan.plain][:count, None], every[self.plan.again].unflatten(0, (count, -1))], 1)
 
 
 def _others(x: Tensor) -> Tensor:

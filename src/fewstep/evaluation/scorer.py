@@ -11,19 +11,36 @@ from .distances import Moments
 LEAST = 2000  # images, below which FID is bias more than distance
 
 
+DIMENSIONS = (  # of VBench, which it gives for any clips
+    "subject_consistency",
+    "background_consistency",
+    "temporal_flickering",
+    "motion_smoothness",
+    "dynamic_degree",
+    "aesthetic_quality",
+    "imaging_quality",
+)
+
+
 class Scorer(Protocol):
     """Anything that gives each image a number.
 
-    `key` is that of the metric. `weights` are the hashes of its files, which eval.json records.
+    `key` is that of the metric. `weights` are the hashes of its files, which eval.json records. With `clips` it scores
+    clips as a whole, and no images.
     """
 
     @property
     def key(self) -> str: ...
     @property
     def weights(self) -> Mapping[str, str]: ...
+    @property
+    def clips(self) -> bool: ...
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the scores [B] of images [B, 3, H, W]."""
+        """Return the scores [B] of images.
+
+        [B, 3, H, W], or of clips [B, F, 3, H, W].
+        """
 
     def close(self) -> None:
         """Give back what the scorer holds beyond memory."""
@@ -39,12 +56,28 @@ class DeepFeatures(Protocol):
         """Return features [B, D] of images [B, 3, H, W]."""
 
 
+class PairDistance(Protocol):
+    """A distance of two images.
+
+    In it the seeds of a prompt are compared.
+    """
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def weights(self) -> Mapping[str, str]: ...
+
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the distances [B] of images a, b [B, 3, H, W]."""
+
+
 @dataclass(frozen=True)
 class Extra:
     """What is measured beyond the core.
 
     FID and KID are distances in the features of `deep`: to the real images, or to a published `reference`, which
-    has moments alone and serves FID alone.
+    has moments alone and serves FID alone. `fid_torch` is FID with the other resizing. In `pairs` the diversity of
+    seeds is measured.
     """
 
     scorers: tuple[Scorer, ...] = ()
@@ -53,18 +86,24 @@ class Extra:
     reference_sha256: str = ""
     fid: bool = False
     kid: bool = False
+    fid_torch: bool = False
+    pairs: PairDistance | None = None
 
     def weights(self) -> dict[str, str]:
         """Return the hashes of all weight files, and of reference statistics."""
         found = {"reference": self.reference_sha256} if self.reference_sha256 else {}
-        found |= {} if self.deep is None else dict(self.deep.weights)
+        for part in (self.deep, self.pairs):
+            found |= {} if part is None else dict(part.weights)
         for scorer in self.scorers:
             found |= scorer.weights
         return found
 
     def stamp(self) -> list[str]:
         """Return what tells measurements with these networks from others."""
-        keys = [scorer.key for scorer in self.scorers] + (["deep"] if self.deep is not None else [])
+        keys = [scorer.key for scorer in self.scorers] + (
+            ["deep-torch" if self.fid_torch else "deep"] if self.deep is not None else []
+        )
+        keys += [] if self.pairs is None else [self.pairs.key]
         return [*keys, *sorted(self.weights().values())] if keys else []
 
 
@@ -76,12 +115,15 @@ def require_extra(extra: Extra, protocol: str, count: int, real: bool) -> None:
 
     Raises ValueError for FID of too few images, and for FID or KID without anything to compare with.
     """
-    if extra.fid and count < LEAST:
+    asked, name = extra.fid or extra.fid_torch, "fid_torch" if extra.fid_torch else "fid"
+    if asked and count < LEAST:
         raise ValueError(
-            f"--metrics fid: protocol {protocol} has {count} images, FID takes at least {LEAST:,}, as fewer measure "
+            f"--metrics {name}: protocol {protocol} has {count} images, FID takes at least {LEAST:,}, as fewer measure "
             "their number; choose a larger protocol, or --metrics kid"
         )
-    if extra.fid and extra.reference is None and not real:
-        raise ValueError("--metrics fid: there is nothing to compare with; pass --real FOLDER or --reference FILE.npz")
+    if asked and extra.reference is None and not real:
+        raise ValueError(
+            f"--metrics {name}: there is nothing to compare with; pass --real FOLDER or --reference FILE.npz"
+        )
     if extra.kid and not real:
         raise ValueError("--metrics kid: there is nothing to compare with; pass --real FOLDER")

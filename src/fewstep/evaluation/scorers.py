@@ -42,23 +42,33 @@ def pil_images(images: Tensor) -> list[Image.Image]:
 def clip_pixels(images: Tensor, size: int, fit: Fit = "crop") -> Tensor:
     """Return the inputs [B, 3, size, size] of a CLIP model.
 
-    Bicubic with antialiasing on 8-bit values, as PIL does. `crop`: the shorter side becomes `size`, and the middle
-    is taken. `pad`: the longer side becomes `size`, and black fills the rest.
+    Bicubic, antialiased. `crop`, as CLIP's processor: the shorter side becomes `size`, in 8 bits, and the middle is
+    taken. `pad`, as HPSv2's: the longer side becomes `size`, without rounding, and black fills the rest.
     """
+    mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
+    return ((_cropped if fit == "crop" else _padded)(images, size) - mean) / std
+
+
+def _cropped(images: Tensor, size: int) -> Tensor:
     found = []
     for image in pil_images(images):
-        short, long = sorted(image.size)
-        scale = size / (short if fit == "crop" else long)
-        width, height = (
-            max(1, int(side * scale) if fit == "crop" else round(side * scale)) if side * scale != size else size
-            for side in image.size
-        )
+        scale = size / min(image.size)
+        width, height = (int(side * scale) if side != min(image.size) else size for side in image.size)
         small = image if (width, height) == image.size else image.resize((width, height), Image.Resampling.BICUBIC)
         left, top = (width - size) // 2, (height - size) // 2
-        square = small.crop((left, top, left + size, top + size))  # outside of the image it is black
+        square = small.crop((left, top, left + size, top + size))
         found.append(torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1).float() / 255)
-    mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
-    return (torch.stack(found) - mean) / std
+    return torch.stack(found)
+
+
+def _padded(images: Tensor, size: int) -> Tensor:
+    values = (images.detach().cpu().float().clamp(0, 1) * 255).round() / 255
+    height, width = (round(side * size / max(values.shape[2:])) for side in values.shape[2:])
+    small = values
+    if (height, width) != tuple(values.shape[2:]):
+        small = F.interpolate(values, (height, width), mode="bicubic", antialias=True)
+    below, right = size - height, size - width
+    return F.pad(small, (right // 2, right - right // 2, below // 2, below - below // 2))
 
 
 def cosine(images: Tensor, texts: Tensor) -> Tensor:
@@ -79,6 +89,7 @@ class ClipScorer:
     formula: Callable[[Tensor, float], Tensor]
     fit: Fit = "crop"
     weights: Mapping[str, str] = field(default_factory=dict)
+    clips: bool = False
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         vision, text = self.model.vision_model, self.model.text_model
@@ -106,6 +117,7 @@ class AestheticScorer:
     model: CLIPVisionModelWithProjection
     head: nn.Module
     weights: Mapping[str, str] = field(default_factory=dict)
+    clips: bool = False
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         with torch.inference_mode():

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..backbones.base import Cond, rows
 from ..config_fields import POSITIVE, WEIGHT, OneOf, Range, check_fields
 from ..core import timegrid
+from ..core.guidance import Guidance
 from ..core.prediction import Row
 from ..core.rollout import segment_starts
 from ..core.schedule import Schedule, diffuse, expand, transition
@@ -35,6 +36,7 @@ from ..roles.roles import Role, Roles
 from ..transfer import sent
 from ..words import speaks_python
 from .method import (
+    MOST_STEPS,
     Loss,
     Method,
     Needs,
@@ -77,12 +79,24 @@ class MatchConfig:
     tau_max: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Largest tau, as a fraction of the path."""
 
+    guidance_tau: Literal["own", "above"] | None = None
+    """Make guidance a term of its own (decoupled DMD, arXiv 2511.22677), at a tau of its own: drawn like the other one,
+    or from the landing time to pure noise. By default the guided teacher is matched at one tau."""
+
+    guidance_weight: Annotated[float, WEIGHT] = 1.0
+    """Weight of guidance as a term of its own, whose normaliser is its own, too."""
+
     def __post_init__(self) -> None:
         check_fields(self, "method.match")
         if not self.tau_min < self.tau_max:
             raise ValueError(
                 f"method.match.tau_max: got {self.tau_max}, allowed are fractions above method.match.tau_min "
                 f"({self.tau_min}) up to 1"
+            )
+        if self.guidance_tau is not None and self.divergence != "reverse-kl":
+            raise ValueError(
+                f"method.match.guidance_tau: got {self.guidance_tau} with method.match.divergence={self.divergence}, "
+                "whose scores are not a sum of terms; leave it out, or set the divergence to reverse-kl"
             )
         if self.tau_range == "full" and self.state != "clean":
             raise ValueError(
@@ -116,6 +130,10 @@ class FakeScoreConfig:
 
     share_noised_sample: bool = True
     """Use one x_tau for the last fake update and the student's (algorithm 1); otherwise each update draws its own."""
+
+    pull: Annotated[float, Range(0, 1, hint=" (0: off); 0.03 is what public code takes")] = 0.0
+    """Share of the way to the student's weights that the fake score's go after each update of the student (IDA of
+    SenseFlow, arXiv 2506.00523)."""
 
     def __post_init__(self) -> None:
         check_fields(self, "method.fake")
@@ -151,6 +169,16 @@ class DistributionMatching(Method):
     """
 
     name: str = "tdm"
+
+    sample_solver: Annotated[str, OneOf(SOLVERS)] | None = None
+    """Solver that the student is sampled with (TDM samples with DPM-Solver++); by default the one of training."""
+
+    random_times: bool = False
+    """Train each iteration on inner times drawn at random (CDM, arXiv 2605.06376); sampling keeps the even grid."""
+
+    ladder: tuple[Annotated[int, Range(1, MOST_STEPS)], ...] = ()
+    """Step counts that the training climbs down before `steps`, such as [16, 8]: equal parts of its iterations each
+    (FastVideo's trainer of TDM)."""
 
     condition: bool = True
     """Condition student and fake score on the step count, where there are several."""
@@ -194,6 +222,19 @@ class DistributionMatching(Method):
                 f"method.regression_weight: got a weight with method.solver={self.solver}, whose states are random; "
                 "set it to 0, or the solver to ddim"
             )
+        if self.random_times and (self.regression_weight or self.shift != 1):
+            other = "regression_weight" if self.regression_weight else "shift"
+            raise ValueError(
+                f"method.random_times: got true with method.{other}={getattr(self, other):g}, "
+                f"which is for fixed times; set it to false, or {other} to {1 if other == 'shift' else 0}"
+            )
+        if self.ladder and (self.regression_weight or len(self.counts) > 1):
+            other = "regression_weight" if self.regression_weight else "steps"
+            raise ValueError(
+                f"method.ladder: got {list(self.ladder)} with method.{other}={getattr(self, other)}, "
+                "which is for fixed step counts; leave it out, or "
+                + ("set regression_weight to 0" if self.regression_weight else "choose one step count")
+            )
         if self.init_head == "absorb" and not self.warmup:
             raise ValueError(
                 "method.init_head: got absorb with method.warmup=0, and it is absorbed during the warm-up; "
@@ -224,6 +265,18 @@ class DistributionMatching(Method):
         return "tdm-fisher" if fisher else "tdm-unify" if len(self.counts) > 1 else "tdm"
 
     @property
+    def sampler(self) -> str:
+        return self.sample_solver or self.solver
+
+    def count_at(self, iteration: int, iterations: int, rng: torch.Generator) -> int:
+        rung = iteration * (len(self.ladder) + 1) // iterations
+        return self.ladder[rung] if rung < len(self.ladder) else draw_count(self.steps, rng)
+
+    def after(self, roles: Roles, iteration: int) -> None:
+        if self.fake.pull and iteration >= self.warmup:
+            roles.pull_fake(self.fake.pull)
+
+    @property
     def condition_values(self) -> tuple[int, ...]:
         return self.counts if self.condition and len(self.counts) > 1 else ()
 
@@ -235,12 +288,19 @@ class DistributionMatching(Method):
         the teacher's trajectories.
         """
         adversarial = self.gan.weight > 0
-        return Needs(fake=True, adversary=adversarial, images=adversarial, trajectories=self.regression_weight > 0)
+        return Needs(
+            fake=True,
+            adversary=adversarial,
+            images=adversarial,
+            trajectories=self.regression_weight > 0,
+            length=bool(self.ladder),
+        )
 
     @property
     def metrics(self) -> tuple[str, ...]:
         several = len(self.counts) > 1
-        gaps = (f"gap_{f'{count}_' if several else ''}{k}" for count in self.counts for k in range(count))
+        served = self.counts if several else (max(self.counts[0], *self.ladder, 1),)
+        gaps = (f"gap_{f'{count}_' if several else ''}{k}" for count in served for k in range(count))
         adversarial = ("discriminator_loss", "gan_loss") if self.gan.weight else ()
         return (
             "student_loss",
@@ -263,7 +323,7 @@ class DistributionMatching(Method):
 
         The steps before the step with gradient hold less memory than that step.
         """
-        return replace(self, name="", warmup=0, steps=1, init_head="keep", analytic_first_step=False)
+        return replace(self, name="", warmup=0, steps=1, ladder=(), init_head="keep", analytic_first_step=False)
 
     def losses(self, roles: Roles, batch: TrainBatch) -> Iterator[Loss]:
         yield from matching_losses(self, roles, batch)
@@ -280,6 +340,8 @@ class NoisedSample(NamedTuple):
     cond: Cond
     steps: int  # K of this iteration
     segment: Tensor  # [B] 0 .. K-1, ascending, 0 starts from noise; on the CPU
+    start: Tensor  # [B] time at which the step starts
+    landing: Tensor  # [B] time at which the step ends
     t: Tensor  # [B] time of x_m: the landing time, or the time of clean data
     tau: Tensor  # [B]
     landed: Tensor  # state where the step ends
@@ -307,7 +369,7 @@ def draw(
     """
     schedule, shape, host = roles.backbone.schedule, roles.backbone.shape, host or rng
     steps = steps or draw_count(method.steps, host)
-    times = method.times(schedule, steps)
+    times = timegrid.random(schedule, steps, host) if method.random_times else method.times(schedule, steps)
 
     def noise(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=rng, device=rng.device)
@@ -337,24 +399,34 @@ def draw(
         landed, done = step(solver, schedule, denoise(start, high), high, landing, history, roles.head)
         clean, x0 = method.match.state == "clean", done.pred.x0 if roles.head is None else done.used.x0
         x_m = x0 if clean else landed
-    tau = _draw_tau(method, schedule, landing, high, rng)
+    tau = _draw_tau(method.match, schedule, landing, high, rng)
     t = torch.full_like(landing, schedule.t_clean) if clean else landing
     e = noise(x)
     r, beta = transition(schedule, t, tau)
     with torch.set_grad_enabled(with_gradient):
         x_tau = expand(r, x) * x_m + expand(beta, x) * e
-    return NoisedSample(cond, steps, segment, t, tau, landed, x_m, x0, e, x_tau)
+    return NoisedSample(
+        cond=cond,
+        steps=steps,
+        segment=segment,
+        start=high,
+        landing=landing,
+        t=t,
+        tau=tau,
+        landed=landed,
+        x_m=x_m,
+        x0=x0,
+        e=e,
+        x_tau=x_tau,
+    )
 
 
-def _draw_tau(
-    method: DistributionMatching, schedule: Schedule, landing: Tensor, high: Tensor, rng: torch.Generator
-) -> Tensor:
+def _draw_tau(match: MatchConfig, schedule: Schedule, landing: Tensor, high: Tensor, rng: torch.Generator) -> Tensor:
     """Draw tau `[B]` in (low, high].
 
     The range starts at the landing time (`full`: at clean data) and ends at the segment's start (`segment`)
     or at pure noise. `tau_min` and `tau_max` narrow the range, as far as times remain.
     """
-    match = method.match
     low = torch.full_like(landing, schedule.t_clean) if match.tau_range == "full" else landing
     top = high if match.tau_range == "segment" else torch.full_like(high, schedule.t_max)
     least, most = (timegrid.time_at(schedule, torch.full_like(high, u)) for u in (match.tau_min, match.tau_max))
@@ -386,6 +458,29 @@ def student_loss(
     return DIVERGENCES[method.match.divergence].loss(state, method.loss, method.match.fisher_correction).mean()
 
 
+def guidance_loss(
+    method: DistributionMatching, roles: Roles, d: NoisedSample, null: Cond, rng: torch.Generator
+) -> Tensor:
+    """Return the loss of guidance as a term of its own.
+
+    The gradient on the matched state is `-(f_guided - f_cond) / n` at a tau of its own, with the teacher's guided and
+    conditional clean estimates and DMD's normaliser n of the guided one. Together with the divergence from the
+    unguided teacher at the same tau and with the same n, that is the divergence from the guided teacher.
+
+    Source: decoupled DMD, arXiv 2511.22677.
+    """
+    schedule, match = roles.backbone.schedule, method.match
+    ranges = replace(match, guidance_tau=None, tau_range="to_noise") if match.guidance_tau == "above" else match
+    tau = _draw_tau(ranges, schedule, d.landing, d.start, rng)
+    e = torch.randn(d.x_m.shape, generator=rng, device=rng.device)
+    r, beta = transition(schedule, d.t, tau)
+    with torch.no_grad():
+        x_tau = expand(r, e) * d.x_m + expand(beta, e) * e
+        f_guided = roles.teacher(d.cond, null, method.guidance)(x_tau, tau).x0
+        f_cond = roles.teacher(d.cond, null, Guidance())(x_tau, tau).x0
+    return student_loss(method, schedule, d._replace(tau=tau, e=e, x_tau=x_tau), f_cond, f_guided)
+
+
 def discriminator_loss(method: DistributionMatching, roles: Roles, d: NoisedSample, real: RealBatch) -> Tensor:
     """Return the loss of the discriminator (eq. 16).
 
@@ -394,8 +489,9 @@ def discriminator_loss(method: DistributionMatching, roles: Roles, d: NoisedSamp
     assert roles.discriminator is not None
     discriminator, gan_loss = roles.discriminator, GAN_LOSSES[method.gan.loss]
     with torch.no_grad():
-        real_tokens = discriminator.tokens(diffuse(roles.backbone.schedule, real.x0, d.tau, d.e), d.tau, real.cond)
-        fake_tokens = discriminator.tokens(d.x_tau, d.tau, d.cond)
+        x_real = diffuse(roles.backbone.schedule, real.x0, d.tau, d.e)
+        real_tokens = discriminator.tokens(x_real, d.tau, roles.told(real.cond))
+        fake_tokens = discriminator.tokens(d.x_tau, d.tau, roles.told(d.cond))
     real_tokens = [f.requires_grad_(method.gan.r1 > 0) for f in real_tokens]
     logits = discriminator.logits(real_tokens, d.tau, d.steps)
     value = gan_loss.real(logits) + gan_loss.fake(discriminator.logits(fake_tokens, d.tau, d.steps))
@@ -412,7 +508,8 @@ def adversarial_loss(method: DistributionMatching, roles: Roles, d: NoisedSample
     """
     assert roles.discriminator is not None
     discriminator = roles.discriminator
-    logits = discriminator.logits(discriminator.tokens(d.x_tau, d.tau, d.cond), d.tau, d.steps)
+    tokens = discriminator.tokens(d.x_tau, d.tau, roles.told(d.cond))
+    logits = discriminator.logits(tokens, d.tau, d.steps)
     return GAN_LOSSES[method.gan.loss].student(logits).mean()
 
 
@@ -444,7 +541,8 @@ def matching_losses(method: DistributionMatching, roles: Roles, batch: TrainBatc
     if warming_up:
         return
     d = drawn(with_gradient=True)
-    teacher = roles.teacher(cond, batch.null, method.guidance)
+    apart = method.match.guidance_tau is not None
+    teacher = roles.teacher(cond, batch.null, Guidance() if apart else method.guidance)
     with_gradient = DIVERGENCES[method.match.divergence].scores_carry_gradient
     one_pass = shared and not with_gradient and method.fake.input == "noisy"
     if shared and not one_pass:
@@ -458,6 +556,8 @@ def matching_losses(method: DistributionMatching, roles: Roles, batch: TrainBatc
             f_fake = fake(d.x_tau.detach(), d.tau).x0
     value = student_loss(method, schedule, d, f_fake, f_teacher)
     metrics = {"student_loss": value.detach(), **_gaps(method, d, f_fake, f_teacher)}
+    if apart:
+        value = value + method.match.guidance_weight * guidance_loss(method, roles, d, batch.null, rng)
     if one_pass:
         loss = fake_loss(method, schedule, row, d, f_fake)
         yield Loss("fake", loss, {"fake_loss": loss.detach()}, together=not method.gan.weight)

@@ -138,6 +138,11 @@ class Method(ABC):
         return "drop"
 
     @property
+    def sampler(self) -> str:
+        """The solver that the student is sampled with."""
+        return self.solver
+
+    @property
     def analytic_first_step(self) -> bool:
         """Whether the first direction is taken without the network."""
         return False
@@ -174,6 +179,16 @@ class Method(ABC):
         The default is the first step count.
         """
         return timegrid.uniform(schedule, steps or self.counts[0], self.shift)
+
+    def count_at(self, iteration: int, iterations: int, rng: torch.Generator) -> int:
+        """Return the step count K of an iteration.
+
+        Iterations count from 0 to `iterations`.
+        """
+        return draw_count(self.steps, rng)
+
+    def after(self, roles: Roles, iteration: int) -> None:  # noqa: B027 - most methods do nothing
+        """Change the roles after all updates of an iteration."""
 
     def one_step(self) -> "Method":
         """Return a faster method that needs as much memory.
@@ -259,11 +274,12 @@ def require_analytic_first_step(method: Method) -> None:
             "method.analytic_first_step: got true for a student of 1 step, which would never call the network; "
             "set it to false"
         )
-    if SOLVERS[method.solver].stochastic:
-        raise ValueError(
-            f"method.analytic_first_step: got true with method.solver={method.solver}, which takes no direction; "
-            "set it to false, or the solver to ddim"
-        )
+    for option, solver in (("solver", method.solver), ("sample_solver", method.sampler)):
+        if SOLVERS[solver].stochastic:
+            raise ValueError(
+                f"method.analytic_first_step: got true with method.{option}={solver}, which takes no direction; "
+                "set it to false, or the solver to ddim"
+            )
 
 
 def require_initial_student(method: Method, head: str, analytic: bool, whose: str) -> None:

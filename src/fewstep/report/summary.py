@@ -116,7 +116,8 @@ def _speed(student: Row | None, teacher: Row | None) -> Headline | None:
     slow, fast = teacher.get("seconds_per_image"), student.get("seconds_per_image")
     if finite(slow) and finite(fast) and slow > 0 and fast > 0:
         measured = f"{duration(fast)} for an image instead of {duration(slow)}"
-        return Headline(times(slow / fast), f"faster than the teacher: {measured}, {counted}.")
+        how = "faster" if slow >= fast else "slower"
+        return Headline(times(max(slow, fast) / min(slow, fast)), f"{how} than the teacher: {measured}, {counted}.")
     return Headline(times(teacher["nfe"] / student["nfe"]), f"less work for an image: {counted}.")
 
 

@@ -10,7 +10,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
@@ -147,10 +148,12 @@ def add_adapter(module: nn.Module, name: str, rank: int, alpha: float, names: Se
     """Inject a LoRA adapter without effect (B = 0).
 
     The adapter is in single precision, in the named layers. The base weights do not change. The network calls its
-    layers from then on: a layer's weight alone lacks the adapter.
+    layers from then on: a layer's weight alone lacks the adapter. In a network of fake (meta) tensors it has meta
+    tensors.
     """
     without_fast_path(module)
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    place = torch.device("meta") if isinstance(next(module.parameters()), FakeTensor) else nullcontext()
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), place:
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters on one network are intended
         torch.manual_seed(seed)
         inject_adapter_in_model(

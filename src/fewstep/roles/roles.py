@@ -139,9 +139,11 @@ class Roles:
         A role with `condition_values` is conditioned on the step count or guidance scale `condition`
         (default: the first value).
         """
-        scale = self.embedded_guidance
-        own = cond if scale is None else tell(cond, scale)
-        return self._as(role, denoiser(self.backbone, self.networks[role], own), condition)
+        return self._as(role, denoiser(self.backbone, self.networks[role], self.told(cond)), condition)
+
+    def told(self, cond: Cond) -> Cond:
+        """Return conditions with the run's guidance scale, for networks that are told one."""
+        return cond if self.embedded_guidance is None else tell(cond, self.embedded_guidance)
 
     def teacher(self, cond: Cond, null: Cond, guidance: Guidance) -> Denoise:
         """Return the frozen teacher under guidance."""
@@ -308,6 +310,16 @@ class Roles:
         """
         fake = self.trained["fake"]
         adapters.assign(fake, dict(zip(fake, self.average.values(), strict=True)))
+
+    @torch.no_grad()
+    def pull_fake(self, share: float) -> None:
+        """Move the fake score's weights to the student's by a share.
+
+        `psi <- (1 - share) psi + share theta`; of LoRAs each factor, and without the student's head.
+        """
+        student = self.trained["student"].values()  # in the order of the fake score's, the head last
+        for own, other in zip(self.trained["fake"].values(), student, strict=False):
+            own.lerp_(other, share)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

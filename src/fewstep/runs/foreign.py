@@ -28,8 +28,8 @@ from ..student.folder import require_folder
 
 SUFFIX = ".safetensors"
 SHOWN = 3  # layers that are named
-# Ends of names of what a LoRA's file changes in whole weights and biases, next to its LoRA.
-WHOLE = (".diff", ".diff_b")
+# Ends of names of what a LoRA's file changes in whole weights, biases and modulations, next to its LoRA.
+WHOLE = (".diff", ".diff_b", ".diff_m")
 CURE = "pass a LoRA or the weights of this very kind of model, or leave it out"
 
 
@@ -195,7 +195,7 @@ def _of_lora(backbone: DiffusersBackbone, file: Path) -> Iterator[Change]:
         scale, up, down = low_rank(layer, factors, target, facts)
         device, name = target.layer.weight.device, f"{target.part}.{target.name}" if pair else target.name
         yield Change(name, scale * up.to(device), down.to(device), None)
-    for name, tensor in whole.items():  # of norms and biases, which carry no LoRA
+    for name, tensor in whole.items():  # of norms, biases and modulations, which carry no LoRA
         yield Change(name, None, None, tensor.float())
 
 

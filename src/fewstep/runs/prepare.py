@@ -161,7 +161,7 @@ def require_exportable(teacher: Backbone, method: Method) -> None:
     """
     if isinstance(teacher, DiffusersBackbone):
         even = all(timegrid.even(teacher.schedule, method.times(teacher.schedule, k)) for k in method.counts)
-        student_scheduler(teacher.scheduler_config, method.counts, method.solver, even)
+        student_scheduler(teacher.scheduler_config, method.counts, method.sampler, even)
     elif odd := next((k for k, v in teacher.module.state_dict().items() if not isinstance(v, Tensor)), None):
         raise ValueError(
             f"teacher: {odd} in the state of its network is no tensor, "

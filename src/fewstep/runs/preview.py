@@ -110,7 +110,7 @@ class Preview:
             self._guided(Guidance()),
             self.seeds,
             method.times(self.teacher.schedule, count),
-            method.solver,
+            method.sampler,
         )
         return self._looked(states[-1].x)[1]
 
@@ -211,7 +211,7 @@ class Preview:
     def _student(self, roles: Roles, method: Method, steps: int) -> list[State]:
         times = method.times(self.teacher.schedule, steps)
         return trajectory(
-            self.teacher, self._conditioned(roles, method, steps), self.seeds, times, method.solver, roles.head
+            self.teacher, self._conditioned(roles, method, steps), self.seeds, times, method.sampler, roles.head
         )
 
     def compare(self, roles: Roles, method: Method) -> Images:
@@ -269,7 +269,7 @@ class Preview:
                     self._conditioned(roles, method, condition),
                     self.seeds[:shown],
                     times,
-                    method.solver,
+                    method.sampler,
                     roles.head,
                 ),
                 1,

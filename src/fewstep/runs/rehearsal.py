@@ -23,8 +23,8 @@ from ..report.words import size
 from ..roles.roles import Roles, RolesConfig
 from ..student.folder import Parts
 from ..student.student import Origin, Student, student_card
+from ..training.ledger import module_bytes, storage_bytes
 from ..training.loop import TrainConfig
-from ..training.memory import module_bytes, storage_bytes
 from ..training.saving import checkpoint_bytes
 from .init import roles_for
 from .sampling import sample

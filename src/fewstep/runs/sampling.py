@@ -125,7 +125,7 @@ def sample_trajectory(
         times = model.method.times(backbone.schedule, count)
         with model.roles.averaged():
             denoise = student_of(model.method, model.roles, cond, condition or count, scale)
-            return trajectory(backbone, denoise, seeds, times, solver or model.method.solver, model.roles.head)
+            return trajectory(backbone, denoise, seeds, times, solver or model.method.sampler, model.roles.head)
     if isinstance(model, Student):
         _note_untrained(count := steps or model.card.steps[0], model.card.steps)
         return model.sample_trajectory(cond, seeds, count, scale, solver, condition)

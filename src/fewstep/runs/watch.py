@@ -185,7 +185,7 @@ class StateWatch:
         with roles.averaged():
             denoise = in_parts(lambda r: student_of(self.method, roles, rows(self.cond, r), count), self.batch)
             times = self.method.times(roles.backbone.schedule, count)
-            states = trajectory(roles.backbone, denoise, self.seeds, times, self.method.solver, roles.head)
+            states = trajectory(roles.backbone, denoise, self.seeds, times, self.method.sampler, roles.head)
         return states[-1].x.float().cpu()
 
 

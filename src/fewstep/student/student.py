@@ -80,7 +80,7 @@ def student_card(roles: Roles, method: Method, origin: Origin) -> StudentCard:
         base_hash=origin.base_hash,
         steps=counts,
         timesteps={str(k): method.times(backbone.schedule, k).tolist() for k in counts},
-        solver={str(k): method.solver for k in counts},
+        solver={str(k): method.sampler for k in counts},
         weights=weights,
         head="" if roles.head is None else kind_of(roles.head),
         analytic_first_step=method.analytic_first_step,

@@ -21,7 +21,7 @@ from ..config_fields import POSITIVE, WEIGHT, Range, check_fields
 from ..data.images import ImageData
 from ..data.prompts import Embeddings
 from ..data.trajectories import Trajectories
-from ..methods.method import Loss, Method, TrainBatch, draw_count
+from ..methods.method import Loss, Method, TrainBatch
 from ..processes import any_rank, is_first, meet, require_same, this_process
 from ..roles.adapters import assign
 from ..roles.roles import Role, Roles
@@ -370,7 +370,7 @@ def _iterations(
 
     def draw(i: int) -> list[TrainBatch]:
         """Draw the batches of an iteration and send them to the device."""
-        turns, steps = list[TrainBatch](), draw_count(method.steps, seeded(config.seed, i, "count"))
+        turns, steps = list[TrainBatch](), method.count_at(i, config.iterations, seeded(config.seed, i, "count"))
         for part in range(config.accumulate):
             stream = rank * config.accumulate + part
             rng = seeded(config.seed, i, "draw", stream, device)
@@ -408,6 +408,7 @@ def _iterations(
                 with suppress(OSError):
                     writer.wait()  # the message names the last checkpoint
             raise FloatingPointError(f"{error}{_and_then(run)}") from error
+        method.after(roles, i)
         if i >= method.warmup:
             # A young average decays faster, so that the average never holds the start.
             done = i - method.warmup + 1

@@ -4,18 +4,13 @@ One iteration of the real training runs on fake (meta) tensors, and every tensor
 lives.
 """
 
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..backbones.base import Backbone
 from ..backbones.parts import blocks_of
@@ -24,78 +19,10 @@ from ..data.prompts import Embeddings
 from ..data.trajectories import Trajectories
 from ..methods.method import Method
 from ..roles.roles import Roles
-from ..roles.sharding import local_part
+from .ledger import MemoryTracker, module_bytes, storage_bytes
 from .loop import TrainConfig, distill
+from .once import Calls, Costs
 from .optimizer import state_bytes
-
-Result = TypeVar("Result")
-
-
-class MemoryTracker(TorchDispatchMode):
-    """Counter of the bytes of all storages that operations allocate.
-
-    Storages count until they are freed. `now` and `peak` are in bytes. The value of a fake (meta) tensor is
-    reported as 1, so losses are finite and norms small.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now, self.peak = 0, 0
-        self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-
-    def add(self, *tensors: Tensor) -> None:
-        """Count existing tensors, each storage once.
-
-        Of a sharded tensor this process's part counts.
-        """
-        for tensor in tensors:
-            storage = local_part(tensor).untyped_storage()
-            key = storage._cdata
-            if key not in self._seen:
-                size = storage.nbytes()
-                self._seen[key] = weakref.ref(storage, partial(self._gone, key, size))
-                self.now += size
-                self.peak = max(self.peak, self.now)
-
-    def _gone(self, key: int, size: int, _: object) -> None:
-        del self._seen[key]
-        self.now -= size
-
-    def above(self, run: Callable[[], Result]) -> tuple[Result, int, int]:
-        """Return `run()`, the bytes at its peak, and those it leaves.
-
-        Both are beyond what is there before.
-        """
-        before, peak = self.now, self.peak
-        self.peak = before
-        try:
-            found = run()
-            return found, self.peak - before, self.now - before
-        finally:
-            self.peak = max(self.peak, peak)
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return 1.0
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor):
-            self.add(out)
-        elif out is not None:
-            self.add(*(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)))
-        return out
-
-
-def storage_bytes(*tensors: Tensor) -> int:
-    """Return the bytes of tensors in this process, shared storages once."""
-    storages = [local_part(t).untyped_storage() for t in tensors]
-    return sum({s._cdata: s.nbytes() for s in storages}.values())
-
-
-def module_bytes(*modules: nn.Module) -> int:
-    """Return the bytes of the weights and buffers of networks."""
-    return storage_bytes(*(t for m in modules for t in (*m.parameters(), *m.buffers())))
 
 
 @dataclass(frozen=True)
@@ -135,13 +62,15 @@ def training_bytes(
     config: TrainConfig,
     data: Embeddings,
     cards: int = 1,
+    short: bool = True,
+    known: Costs | None = None,
 ) -> Training:
     """Return the bytes of an iteration after the warm-up.
 
     They are those on each of `cards`. The base may have fake (meta) tensors. `make` makes the roles on this
     backbone; `times` are the times of the trajectories that the method may need; a few prompts are enough as
-    `data`. The state of an optimizer is counted by a formula, which needs no package. Raises ValueError as the
-    training would.
+    `data`. With `short`, equal calls are made once, see `once`; `known` are the costs of earlier counts. The state
+    of an optimizer is counted by a formula, which needs no package. Raises ValueError as the training would.
     """
     states = torch.zeros(data.count, *backbone.shape)
     real = ImageData(states, data, "") if method.needs.images else None
@@ -156,7 +85,9 @@ def training_bytes(
     trained = {role: list(own.values()) for role, own in roles.trained.items()}
     parameters = [p for own in trained.values() for p in own]
     held = [t for n in roles.networks.values() for t in (*n.parameters(), *n.buffers())]
-    calls = Calls(roles)
+    calls = Calls(
+        roles.networks.values(), lambda: roles.active[0][0], roles.trained, short and roles.discriminator is None, known
+    )
     with MemoryTracker() as ledger:
         ledger.add(*held, *parameters, *roles.average.values())
         if one.accumulate > 1 and roles.discriminator is None:
@@ -194,13 +125,15 @@ def hollow(roles: Roles) -> None:
     for module in {id(m): m for n in roles.networks.values() for m in n.modules()}.values():
         for name, p in module._parameters.items():
             if p is not None and not isinstance(p, FakeTensor):
-                made[id(p)] = nn.Parameter(mode.from_tensor(p.detach()), p.requires_grad)
+                fake = FakeTensor(mode, p.detach(), "cpu") if p.is_meta else mode.from_tensor(p.detach())
+                made[id(p)] = nn.Parameter(fake, p.requires_grad)
                 module._parameters[name] = made[id(p)]
     for role, own in roles.trained.items():
         roles.trained[role] = {n: made.get(id(p), p) for n, p in own.items()}
     for name, p in roles.trained["student"].items():
         if isinstance(p, FakeTensor) and not isinstance(roles.average[name], FakeTensor):
-            roles.average[name] = mode.from_tensor(roles.average[name])
+            old = roles.average[name]
+            roles.average[name] = FakeTensor(mode, old, "cpu") if old.is_meta else mode.from_tensor(old)
 
 
 def sharded_bytes(whole: Training, roles: Roles, cards: int) -> Training:
@@ -239,60 +172,6 @@ def sharded_bytes(whole: Training, roles: Roles, cards: int) -> Training:
     )
 
 
-class Calls:
-    """The networks' calls without gradient, of which each kind is made once.
-
-    A call of the same network with the same role and inputs of the same shapes needs as much memory again: with
-    fake (meta) tensors its outputs are made without it. `most` is the largest need, in bytes.
-    """
-
-    def __init__(self, roles: Roles) -> None:
-        self.roles, self.most = roles, 0
-        self._known: dict[object, tuple[Any, int]] = {}
-
-    @contextmanager
-    def counted(self, ledger: MemoryTracker) -> Iterator[None]:
-        """Count the calls inside the block."""
-        networks = list({id(n): n for n in self.roles.networks.values()}.values())
-        for network in networks:
-            network.forward = partial(self._call, ledger, network, network.forward)
-        try:
-            yield
-        finally:
-            for network in networks:
-                del network.forward
-
-    def _call(
-        self, ledger: MemoryTracker, network: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        if torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        hollow = isinstance(next(network.parameters()), FakeTensor) and self.roles.discriminator is None
-        key = (id(network), *self.roles.active, *map(_kind, tree_leaves((args, kwargs))))
-        if hollow and key in self._known:
-            output, needed = self._known[key]
-            ledger.peak = max(ledger.peak, ledger.now + needed)
-            return tree_map(lambda kind: next(network.parameters()).new_empty(kind.shape, dtype=kind.dtype), output)
-        found, needed, left = ledger.above(lambda: forward(*args, **kwargs))
-        self.most = max(self.most, needed)
-        outputs = tree_leaves(found)
-        if hollow and all(isinstance(t, Tensor) for t in outputs) and left <= storage_bytes(*outputs):
-            self._known[key] = tree_map(_kind, found), needed
-        return found
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What a tensor is, but for its numbers."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-
-
-def _kind(value: object) -> object:
-    return Kind(value.shape, value.dtype) if isinstance(value, Tensor) else value
-
-
 def peak_bytes(run: Callable[[], object], *networks: nn.Module) -> int:
     """Return the peak bytes of `run` and these networks."""
     with MemoryTracker() as ledger:
@@ -306,20 +185,10 @@ def calls_alone(run: Callable[[], object], networks: Sequence[nn.Module]) -> lis
 
     Its weights are included.
     """
-    needed = [0] * len(networks)
-
-    def counted(i: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        found, above, _ = ledger.above(lambda: forward(*args, **kwargs))
-        needed[i] = max(needed[i], above)
-        return found
-
-    for i, network in enumerate(networks):
-        network.forward = partial(counted, i, network.forward)
-    try:
-        with MemoryTracker() as ledger:
-            ledger.add(*(t for n in networks for t in (*n.parameters(), *n.buffers())))
-            run()
-    finally:
-        for network in networks:
-            del network.forward
-    return [module_bytes(n) + above for n, above in zip(networks, needed, strict=True)]
+    calls = [Calls([network], lambda: None, {}) for network in networks]
+    with MemoryTracker() as ledger, ExitStack() as all_counted:
+        ledger.add(*(t for n in networks for t in (*n.parameters(), *n.buffers())))
+        for own in calls:
+            all_counted.enter_context(own.counted(ledger))
+        run()
+    return [module_bytes(n) + own.most for n, own in zip(networks, calls, strict=True)]

@@ -20,6 +20,7 @@ from ..data.prompts import Embeddings
 from ..data.trajectories import Trajectories
 from ..hashes import bytes_of
 from ..methods.method import Method
+from ..methods.presets import METHODS
 from ..reading import read_json
 from ..roles.roles import Roles
 from ..roles.sharding import whole
@@ -83,7 +84,7 @@ def require_unchanged(before: Mapping[str, Any] | None, now: Mapping[str, Any], 
             f"run {run}: its checkpoint says nothing of its settings, it is of fewstep 0.1.0; "
             "finish it with that version, or choose another --out"
         )
-    odd = differences(before, now)
+    odd = differences(_completed(before, now), now)
     if any(d.startswith("prompts.") for d in odd):  # other prompts have other conditions
         odd = [d for d in odd if not d.startswith("conditions.")]
     if own := [d for d in odd if not d.startswith(DERIVED)] or odd:
@@ -91,6 +92,23 @@ def require_unchanged(before: Mapping[str, Any] | None, now: Mapping[str, Any], 
             f"run {run}: was made with other settings: {', '.join(map(_spoken, own))}; "
             "set them back, or choose another --out"
         )
+
+
+def _completed(before: Mapping[str, Any], now: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a checkpoint's settings with the method's newer fields at their defaults.
+
+    A setting that a newer version has added leaves older runs as they were.
+    """
+    method, kind = before.get("method"), METHODS.get(str(now["method"].get("kind")))
+    if kind is None or not isinstance(method, Mapping) or not is_dataclass(kind):
+        return before
+    return {**before, "method": _filled(method, json.loads(json.dumps(asdict(kind()), default=str)))}
+
+
+def _filled(value: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested settings with what is missing from the defaults."""
+    blocks = {k: _filled(v, defaults[k]) for k, v in value.items() if isinstance(v, dict) and k in defaults}
+    return {**defaults, **value, **blocks}
 
 
 def _spoken(difference: str) -> str:

@@ -1,0 +1,245 @@
+"""Train, kill, resume, export and sample a family at its true size, on a CPU.
+
+    python benchmarks/true_size.py sd15                  # at 512 pixels; writes benchmarks/true_size.md and .json
+    python benchmarks/true_size.py pixart --size 512     # adds this family
+    python benchmarks/true_size.py sd15 --tiny --to /tmp/true    # rehearses it on a tiny pipeline
+
+Networks have their true size and random weights in bfloat16; T5-XXL has one of its 24 layers, at true width. The
+family's own LoRA recipe runs with batch 1 for three iterations by `fewstep distill`, without warm-up and previews. It
+is killed (SIGKILL) once its first checkpoint is there, and the same command resumes. The student is exported in every
+format, loaded again and drawn once. `peak` is the largest resident memory of a training process above that of its
+imports. `planned` is the training as `fewstep plan` counts it, with the encoders and the autoencoder, which stay in a
+CPU's memory; the largest phase counts. Sizes are those of files. Bar: the peak within 10 % of the plan.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+import configurations
+from fewstep.backbones.parts import default_dtype
+from fewstep.cli.plan import plans_of
+from fewstep.names import quoted
+from fewstep.runs.recipe import DistillRecipe, read_recipe
+from fewstep.student.formats import FORMATS
+from fewstep.training.ledger import module_bytes
+from fewstep.training.state import checkpoints
+from records import Facts, Record, about, markdown, new_record, origin, provenance, stored_rows, wrapped, write_record
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB = 2**30
+SIZES = {"sd15": 512, "pixart": 512, "sdxl": 512}  # pixels; larger ones take too long on a CPU
+ITERATIONS = 3
+BAR = 0.10
+PROMPTS = ("a red fox in the snow", "a bowl of ramen", "a house by the sea", "an old fisherman")
+
+
+def built(family: str, folder: Path, tiny: bool) -> Path:
+    """Write a family's pipeline with random weights, network by network."""
+    if tiny:
+        sys.path.append(str(ROOT))
+        try:
+            from tests import pipelines
+        finally:
+            sys.path.remove(str(ROOT))
+        return pipelines.save({"sd15": "sd"}.get(family, family), folder / family)
+    torch.manual_seed(0)
+    place = configurations.write(family, folder)
+    for name, (library, called, config) in configurations.PIPELINES[family][1].items():
+        kind: Any = getattr({"diffusers": diffusers, "transformers": transformers}[library], called)
+        if isinstance(kind, type) and issubclass(kind, torch.nn.Module):
+            with default_dtype(torch.bfloat16):
+                network(kind, config).save_pretrained(place / name)
+    return place
+
+
+def network(kind: Any, config: Any) -> torch.nn.Module:
+    """Return a network of its configuration; T5 with one layer."""
+    if issubclass(kind, transformers.PreTrainedModel):
+        few = {"num_layers": 1} if config["model_type"] in ("t5", "umt5") else {}
+        made: torch.nn.Module = kind(kind.config_class(**{**config, **few}))
+        return made
+    return kind.from_config(dict(config))
+
+
+def settings(run: Path, size: int | None, tiny: bool) -> list[str]:
+    """Return what the recipe is told otherwise."""
+    sets = {
+        "train.iterations": ITERATIONS,
+        "train.batch": 1,
+        "train.global_batch": 1,
+        "train.decay": 0,
+        "train.checkpoint_every": 1,
+        "method.warmup": 0,
+        "preview.every": 1000,
+        "preview.teacher_steps": 1,
+        "preview.prompts": f'["{PROMPTS[0]}"]',
+        **({"roles.rank": 4} if tiny else {}),
+        **({} if size is None or tiny else {"size": size}),
+    }
+    return [f"{key}={value}" for key, value in sets.items()]
+
+
+def resident(process: int) -> int:
+    """Return the largest resident memory of a process so far, in bytes; 0 once it has ended."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
+
+
+def watched(command: Sequence[str], log: Path, kill_at: Path | None = None) -> tuple[int, float]:
+    """Run a command, and kill it once `kill_at` has a checkpoint.
+
+    Returns the largest resident bytes and the seconds.
+    """
+    began, peak = time.perf_counter(), 0
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    with log.open("a") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
+        while process.poll() is None:
+            peak = max(peak, resident(process.pid))
+            if kill_at is not None and checkpoints(kill_at):
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                return peak, time.perf_counter() - began
+            time.sleep(0.1)
+    if process.returncode or kill_at is not None:
+        raise SystemExit(f"{quoted(*command)}: exit {process.returncode}\n{log.read_text()[-3000:]}")
+    return peak, time.perf_counter() - began
+
+
+def planned(recipe: DistillRecipe) -> int:
+    """Return the bytes that a training on a CPU is planned to take."""
+    teacher, (plan,) = plans_of(recipe)
+    encoders = sum(module_bytes(e) for e in teacher.encoders)
+    return encoders + max(phase.bytes for phase in plan.phases if phase not in plan.around.encoders)
+
+
+def bytes_of(place: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder."""
+    return sum(f.stat().st_size for f in ([place] if place.is_file() else place.rglob("*")) if f.is_file())
+
+
+def row(family: str, size: int | None, tiny: bool, work: Path) -> Facts:
+    """Return one row."""
+    teacher, run, log = built(family, work, tiny), work / "run", work / "log.txt"
+    prompts = work / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS) + "\n")
+    name, sets = f"{family}-tdm4-lora", settings(run, size, tiny)
+    fewstep = [sys.executable, "-m", "fewstep"]
+    command = [*fewstep, "distill", name, "--teacher", str(teacher), "--prompts", str(prompts), "--out", str(run)]
+    command += [part for s in sets for part in ("--set", s)]
+    floor, _ = watched([sys.executable, "-c", "import fewstep.cli.distill"], log)
+    killed_peak, killed_after = watched(command, log, kill_at=run)
+    at = checkpoints(run)[-1].name
+    peak, resumed_in = watched(command, log)
+    files = {
+        "pipeline": bytes_of(teacher),
+        "checkpoint": bytes_of(checkpoints(run)[-1]),
+        "student": bytes_of(run / "final"),
+    }
+    for form in FORMATS:
+        out = work / form
+        exported = subprocess.run(
+            [*fewstep, "export", str(run), str(out), "--format", form], capture_output=True, text=True
+        )
+        files[form] = bytes_of(out) if exported.returncode == 0 else None
+        if exported.returncode:
+            print(exported.stderr[-500:], flush=True)
+        shutil.rmtree(out, ignore_errors=True)
+    image = work / "image.png"
+    _, drawn_in = watched([*fewstep, "sample", str(run), "-p", PROMPTS[0], "-o", str(image)], log)
+    recipe = read_recipe(name, sets, DistillRecipe, {"teacher": str(teacher), "prompts": str(prompts)})
+    return {
+        "family": family,
+        "size": size,
+        "tiny": tiny,
+        "planned": planned(recipe),
+        "peak": max(peak, killed_peak) - floor,
+        "imports": floor,
+        "killed_at": at,
+        "killed_after_s": killed_after,
+        "resumed_in_s": resumed_in,
+        "drawn_in_s": drawn_in,
+        "image": bytes_of(image),
+        "files": files,
+        **origin(),
+    }
+
+
+def page(record: Record) -> str:
+    """Return the page of a record."""
+    lines, kept = [], []
+    for r in record.rows:
+        ratio = r["peak"] / r["planned"]
+        sizes = (f"{r[key] / GIB:.2f}" for key in ("planned", "peak"))
+        seconds = (f"{r[key]:.0f}" for key in ("killed_after_s", "resumed_in_s", "drawn_in_s"))
+        lines.append(
+            [
+                r["family"],
+                r["size"] or "own",
+                *sizes,
+                f"{ratio:.2f}",
+                "yes" if abs(ratio - 1) <= BAR else "no",
+                *seconds,
+            ]
+        )
+        kept += [[r["family"], n, "failed" if b is None else f"{b / 2**20:.1f}"] for n, b in r["files"].items()]
+    head = [
+        "family",
+        "pixels",
+        "planned GiB",
+        "peak GiB",
+        "ratio",
+        "within 10 %",
+        "killed after s",
+        "resumed in s",
+        "drawn in s",
+    ]
+    return f"""# Families at true size on a CPU
+
+{about(__doc__)}
+
+{wrapped(provenance(record))}
+
+{markdown(head, lines)}
+
+{markdown(["family", "files", "MiB"], kept)}
+"""
+
+
+def main() -> None:
+    """Measure a family and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "family", choices=[n for n in configurations.PIPELINES if (ROOT / "recipes" / f"{n}-tdm4-lora.yaml").exists()]
+    )
+    parser.add_argument("--size", type=int, help="pixels; by default 512, or the family's own")
+    parser.add_argument("--tiny", action="store_true", help="a tiny pipeline of the family")
+    parser.add_argument("--work", type=Path, help="folder for the pipeline and the run, deleted afterwards")
+    parser.add_argument("--to", type=Path, default=Path(__file__).parent, help="where the table goes")
+    a = parser.parse_args()
+    rows = [r for r in stored_rows(a.to / "true_size.json") if r["family"] != a.family]
+    with tempfile.TemporaryDirectory(dir=a.work) as folder:
+        rows.append(row(a.family, None if a.tiny else a.size or SIZES.get(a.family), a.tiny, Path(folder)))
+    print(rows[-1], flush=True)
+    record = new_record("true_size", "python benchmarks/true_size.py FAMILY", rows, None, {})
+    write_record(record, page(record), a.to)
+
+
+if __name__ == "__main__":
+    main()

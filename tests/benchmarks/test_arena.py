@@ -1,0 +1,63 @@
+"""`benchmarks/arena.py`: its page of made-up rows, its order of trainings and its measures."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+Load = Callable[[str], dict[str, Any]]
+MEASURED = {"accuracy": 90.0, "precision": 0.5, "recall": 0.5, "diversity": 1.0}
+
+
+def row(key: str, rate: float, seed: int, fd: float, count: int = 4) -> dict[str, Any]:
+    return {
+        "stage": "race", "key": key, "count": count, "rate": rate, "seed": seed, "iterations": 10,
+        "measured": {str(count): MEASURED | {"fd": fd}},
+    }  # fmt: skip
+
+
+def test_each_method_is_shown_at_its_best_rate_the_nearest_first(load: Load) -> None:
+    arena = load("arena")
+    rows = [
+        row("tdm", 3e-5, 0, 5.0), row("tdm", 1e-4, 0, 3.0), row("tdm", 1e-4, 1, 5.0),
+        row("lcm", 3e-4, 0, 2.0), row("gan-real", 1e-4, 0, 9.0),
+    ]  # fmt: skip
+    record = sys.modules["records"].new_record("arena", "made up", rows, (0, 1), {"seconds": 12.0})
+    text = arena["page"](record)
+    four = text[text.index("## 4 steps, 12 CPU seconds each") :].partition("\n## ")[0]
+    lines = [[cell.strip() for cell in line.split("|")[1:5]] for line in four.splitlines() if line.startswith("| ")]
+    assert lines[2:] == [
+        ["LCM", "0.0003", "10", "2.00"],
+        ["TDM", "0.0001", "10", "4.00 ± 1.41"],
+        ["TDM, adversarial term, real images", "0.0001", "10", "9.00"],
+    ]
+    assert "| TDM | 5.00 | 3.00 | - |" in text
+
+
+def test_later_stages_take_the_best_rate_and_cannot_go_before_it_is_known(load: Load) -> None:
+    arena = load("arena")
+    tuned = list(arena["cells"]("tune", []))
+    assert len({(c.key, c.rate) for c in tuned}) == len(tuned) == 3 * len(arena["RACERS"])
+    rows = [row(key, rate, 0, 1.0 + (rate != racer.rates[2]), count=4) for key, racer in arena["RACERS"].items()
+            for rate in racer.rates]  # fmt: skip
+    assert {c.rate for c in arena["cells"]("settings", rows)} == {arena["RACERS"]["tdm"].rates[2]}
+    with pytest.raises(SystemExit, match="no tuned rate"):
+        list(arena["cells"]("seeds", []))
+
+
+def test_precision_counts_samples_inside_the_real_ones_reach(load: Load) -> None:
+    load("arena")
+    inside = sys.modules["arena_teacher"].inside
+    real = torch.tensor([[0.0], [1.0], [2.0], [3.0], [4.0]]).double()  # third neighbours at 3, 2, 2, 2 and 3
+    assert inside(torch.tensor([[-2.9], [-3.1], [7.0], [7.1]]).double(), real) == 0.5
+
+
+def test_an_image_is_half_as_wide_and_any_prompt_has_a_label(load: Load) -> None:
+    load("arena")
+    module = sys.modules["arena_teacher"]
+    net = module.Painter(8, 1)
+    label = module.labels_of(["bag", "", "t-shirt"])["label"]
+    assert label.tolist() == [8, 10, 0]
+    assert net(torch.zeros(3, 1, 14, 14), torch.zeros(3), label).shape == (3, 1, 14, 14)

@@ -1,0 +1,70 @@
+"""Calls that are counted once give the bytes of those that are all made."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fewstep.backbones.meta import meta_teacher
+from fewstep.methods.distribution_matching import DistributionMatching
+from fewstep.roles.roles import RolesConfig
+from fewstep.runs.init import roles_for
+from fewstep.training.loop import TrainConfig
+from fewstep.training.memory import Training, training_bytes
+from fewstep.training.once import Costs
+from fewstep.training.precision import Precision
+
+from .. import pipelines
+from .test_memory import embeddings
+
+TDM = DistributionMatching(steps=2, warmup=0)
+LORA, CHECKED = RolesConfig(rank=4), RolesConfig(rank=4, checkpointing=True)
+COPIES = RolesConfig(lora=False, checkpointing=True)
+WITHIN = 0.01
+
+
+def bytes_of(folder: Path, roles: RolesConfig, precision: Precision, short: bool) -> Training:
+    dtype = torch.float32 if not roles.lora or precision == "no" else torch.bfloat16
+    teacher = meta_teacher(folder, dtype, size=pipelines.SIZES.get(folder.name))
+    config = TrainConfig(iterations=1, batch=4, lr=1e-4, fake_lr=1e-4, precision=precision)
+    times = TDM.times(teacher.schedule)
+    return training_bytes(
+        teacher, lambda: roles_for(teacher, TDM, roles), TDM, times, config, embeddings(teacher), short=short
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "roles", "precision"),
+    [
+        ("sd", CHECKED, "bf16"),
+        pytest.param("sd", LORA, "no", marks=pytest.mark.slow),
+        pytest.param("sd", COPIES, "bf16", marks=pytest.mark.slow),
+        pytest.param("pixart", CHECKED, "bf16", marks=pytest.mark.slow),
+        pytest.param("pixart", LORA, "bf16", marks=pytest.mark.slow),
+        pytest.param("flux", CHECKED, "bf16", marks=pytest.mark.slow),
+        pytest.param("flux", COPIES, "bf16", marks=pytest.mark.slow),
+        pytest.param("wan", CHECKED, "bf16", marks=pytest.mark.slow),
+    ],
+)
+def test_a_short_count_is_the_full_one(family: str, roles: RolesConfig, precision: Precision, tmp_path: Path) -> None:
+    folder = pipelines.save(family, tmp_path / family)
+    full, short = (bytes_of(folder, roles, precision, short) for short in (False, True))
+    assert short.work == pytest.approx(full.work, rel=WITHIN)
+    assert short.sampling == pytest.approx(full.sampling, rel=WITHIN)
+    assert (short.held, short.gradients, short.host) == (full.held, full.gradients, full.host)
+
+
+def test_equal_blocks_are_one_kind_and_watched_ones_none() -> None:
+    def block(width: int = 4) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, width), nn.SiLU(), nn.Dropout(0.1))
+
+    costs, first = Costs(), block()
+    assert costs.number(first) == costs.number(block()) == 0
+    assert costs.number(block(8)) == 1
+    half = block()
+    half[2].p = 0.5  # type: ignore[assignment]
+    frozen = block().requires_grad_(False)
+    assert costs.number(half) == 2 and costs.number(frozen) == 3
+    first[0].register_forward_hook(lambda *_: None)
+    assert costs.number(first) is None
