@@ -222,13 +222,13 @@ def vote(walker: Walker, runs: Path) -> None:
     walker.has("#vote iframe")
     walker.press("#count-votes")
     walker.reads("#counted", "no vote yet")
-    inside = "const w = document.querySelector('#vote iframe').contentWindow, d = w.document;"
+    inside = "const d = document.querySelector('#vote iframe').contentDocument;"
     walker.browser.until(lambda: bool(walker.browser.run(f"{inside} return !!d?.querySelector('form button')")))
     walker.browser.run(f"{inside} d.querySelector('form button').click()")
     for _ in range(2 * 2):  # two pairs, two questions
-        walker.browser.until(lambda: bool(walker.browser.run(f"{inside} return w.eval('performance.now() >= deaf')")))
+        walker.browser.until(lambda: bool(walker.browser.run(f"{inside} return !d.querySelector('.pair.waiting')")))
+        time.sleep(0.5)  # in which the page takes no answer
         walker.browser.run(f"{inside} d.querySelector('.choices.now button').click()")
-        time.sleep(0.5)
     walker.browser.until(lambda: bool(walker.browser.run(f"{inside} return !d.getElementById('done').hidden")))
     walker.press("#count-votes")
     walker.reads("#counted", "Win rate of A")
