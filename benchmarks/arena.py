@@ -348,9 +348,9 @@ def page(record: Record) -> str:
     ]
     if lines:
         table = markdown(["method", "low", "middle", "high"], lines)
-        rates = f"Rates {', '.join(f'{r:g}' for r in MATCHING)}; of LCM and progressive distillation "
-        rates += f"{', '.join(f'{r:g}' for r in IMITATION)}."
-        parts.append(f"## The search of rates: FD in 4 steps, seed 0\n\n{rates}\n\n{table}")
+        tried = f"Rates {', '.join(f'{r:g}' for r in MATCHING)}; of LCM and progressive distillation "
+        tried += f"{', '.join(f'{r:g}' for r in IMITATION)}."
+        parts.append(f"## The search of rates: FD in 4 steps, seed 0\n\n{tried}\n\n{table}")
     return "\n\n".join(parts) + "\n"
 
 

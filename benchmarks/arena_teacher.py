@@ -6,7 +6,7 @@ a minute of a core holds a training.
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +62,7 @@ class Painter(nn.Module):
         return self.out(F.layer_norm(h, h.shape[1:])).view(x.shape)
 
 
-def labels_of(prompts: list[str]) -> dict[str, Tensor]:
+def labels_of(prompts: Sequence[str]) -> dict[str, Tensor]:
     """Return the labels of kinds of clothing; any other prompt is of none."""
     known = {name: i for i, name in enumerate(FASHION)}
     return {"label": torch.tensor([known.get(p, len(FASHION)) for p in prompts])}

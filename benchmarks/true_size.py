@@ -61,7 +61,8 @@ def built(family: str, folder: Path, tiny: bool) -> Path:
         kind: Any = getattr({"diffusers": diffusers, "transformers": transformers}[library], called)
         if isinstance(kind, type) and issubclass(kind, torch.nn.Module):
             with default_dtype(torch.bfloat16):
-                network(kind, config).save_pretrained(place / name)
+                made: Any = network(kind, config)
+                made.save_pretrained(place / name)
     return place
 
 
@@ -147,7 +148,7 @@ def row(family: str, size: int | None, tiny: bool, work: Path) -> Facts:
     killed_peak, killed_after = watched(command, log, kill_at=run)
     at = checkpoints(run)[-1].name
     peak, resumed_in = watched(command, log)
-    files = {
+    files: dict[str, int | None] = {
         "pipeline": bytes_of(teacher),
         "checkpoint": bytes_of(checkpoints(run)[-1]),
         "student": bytes_of(run / "final"),

@@ -83,7 +83,7 @@ def settings_of(recipe: DistillRecipe) -> list[Setting]:
 
 
 def _settings(block: Any, above: str) -> Iterator[Setting]:
-    kind: Any = type(block)
+    kind: type = type(block)
     names = _names(block)
     texts = field_texts(kind)
     for name in names:

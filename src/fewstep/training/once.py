@@ -264,6 +264,7 @@ class Calls:
             short = self.short and isinstance(like, FakeTensor)
             casts = Casts(ledger, like) if short else None
             for block in innermost_blocks(network) if casts is not None else ():
+                assert casts is not None
                 block.forward = partial(self._block, ledger, casts, block, block.forward)
                 put.append(block)
             network.forward = partial(self._network, ledger, casts, network, network.forward)
