@@ -193,7 +193,8 @@ def wan(small: bool) -> WanPipeline:
     """Return Wan 2.1-1.3B with random weights."""
     transformer = WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=2 if small else 30)
     codec = AutoencoderKLWan(base_dim=8, num_res_blocks=1)
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    with torch.device("cpu"):  # it copies its table there
+        scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     return WanPipeline(None, t5(), codec, scheduler, transformer)
 
 

@@ -406,7 +406,7 @@ def wan(heads: int, hidden: int, layers: int, networks: int = 1, channels: int =
     }
 
 
-WIDE = {  # Wan 2.2-5B's autoencoder; the statistics of its latents are not known here
+WIDE: dict[str, Any] = {  # Wan 2.2-5B's autoencoder; the statistics of its latents are not known here
     "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12,
     "patch_size": 2, "scale_factor_spatial": 16, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48,
 }  # fmt: skip

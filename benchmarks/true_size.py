@@ -61,16 +61,16 @@ def built(family: str, folder: Path, tiny: bool) -> Path:
         kind: Any = getattr({"diffusers": diffusers, "transformers": transformers}[library], called)
         if isinstance(kind, type) and issubclass(kind, torch.nn.Module):
             with default_dtype(torch.bfloat16):
-                network(kind, config).save_pretrained(place / name)
+                made: Any = network(kind, config)
+                made.save_pretrained(place / name)
     return place
 
 
-def network(kind: Any, config: Any) -> torch.nn.Module:
+def network(kind: Any, config: Any) -> Any:
     """Return a network of its configuration; T5 with one layer."""
     if issubclass(kind, transformers.PreTrainedModel):
         few = {"num_layers": 1} if config["model_type"] in ("t5", "umt5") else {}
-        made: torch.nn.Module = kind(kind.config_class(**{**config, **few}))
-        return made
+        return kind(kind.config_class(**{**config, **few}))
     return kind.from_config(dict(config))
 
 
@@ -147,7 +147,7 @@ def row(family: str, size: int | None, tiny: bool, work: Path) -> Facts:
     killed_peak, killed_after = watched(command, log, kill_at=run)
     at = checkpoints(run)[-1].name
     peak, resumed_in = watched(command, log)
-    files = {
+    files: dict[str, int | None] = {
         "pipeline": bytes_of(teacher),
         "checkpoint": bytes_of(checkpoints(run)[-1]),
         "student": bytes_of(run / "final"),

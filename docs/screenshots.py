@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from PIL import Image
@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.browser import Browser, browsing  # noqa: E402
 
-DESK, PHONE = (1280, 900), (390, 844)
+DESK, PHONE = (1280, 1400), (390, 844)
 TABS = ("Runs", "New", "Sample", "Compare and vote", "Export")
 TAB = (
     "[...document.querySelectorAll('button[role=tab]')].filter(e => e.checkVisibility({visibilityProperty: true}) && "
@@ -53,11 +53,14 @@ def there(browser: Browser, selector: str) -> Callable[[], bool]:
     return lambda: bool(browser.run("return !!document.querySelector(arguments[0])", selector))
 
 
-def open_tab(browser: Browser, name: str) -> None:
+def open_tab(browser: Browser, name: str, run: str) -> None:
     """Open a tab, and what is worth seeing in it."""
     browser.until(lambda: bool(browser.run(f"return !!({TAB})", name)), 300)
     browser.run(f"{TAB}.click()", name)
     if name == "Runs":
+        browser.until(there(browser, f"#runs input[value$='/{run}']"), 300)
+        browser.run("document.querySelector(arguments[0]).click()", f"#runs input[value$='/{run}']")
+        browser.until(lambda: run in browser.text("#about"), 300)
         browser.until(there(browser, "#wipe img"), 300)
         browser.until(there(browser, "#strips img"), 300)
     if name == "Sample":
@@ -83,12 +86,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a finished run")
     parser.add_argument("--all", type=Path, help="take every tab in both widths and themes to this folder")
+    parser.add_argument("--address", help="of a studio that is up and has the run; by default one is started")
     args = parser.parse_args()
     out = ROOT / "docs" / "studio"
     with tempfile.TemporaryDirectory() as place:
         runs = Path(place) / "runs"
         shutil.copytree(args.run, runs / args.run.name)
-        with studio(runs) as address, browsing(Path(place)) as browser:
+        served = nullcontext(args.address) if args.address else studio(runs)
+        with served as address, browsing(Path(place)) as browser:
             views = [(DESK, False), (PHONE, True)]
             if args.all is not None:
                 out, views = args.all, [(size, dark) for size in (DESK, PHONE) for dark in (False, True)]
@@ -98,17 +103,17 @@ def main() -> None:
                 browser.visit(address)
                 if args.all is not None:
                     for name in TABS:
-                        open_tab(browser, name)
+                        open_tab(browser, name, args.run.name)
                         theme = "dark" if dark else "light"
                         taken(browser, out / f"{name.split()[0].lower()}-{size[0]}-{theme}.png", True)
                 elif size == DESK:
-                    open_tab(browser, "Runs")
+                    open_tab(browser, "Runs", args.run.name)
                     taken(browser, out / "runs.png", False)
-                    open_tab(browser, "New")
+                    open_tab(browser, "New", args.run.name)
                     taken(browser, out / "new.png", False)
                 else:
-                    open_tab(browser, "Sample")
-                    browser.run("document.querySelector('#sample-wipe').scrollIntoView({block: 'center'})")
+                    open_tab(browser, "Runs", args.run.name)
+                    browser.run("document.querySelector('#wipe').scrollIntoView({block: 'start'})")
                     time.sleep(2)
                     taken(browser, out / "phone.png", False)
 

@@ -118,7 +118,12 @@ def test_an_encoder_is_loaded_at_its_first_call(tmp_path: Path, monkeypatch: pyt
 def test_language_models_encode_few_prompts_at_once(family: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, seen = pipelines.backbone(family), list[int]()
     assert module.at_once(teacher.encoders) == count
-    monkeypatch.setattr(type(teacher), "encode", lambda _, prompts: seen.append(len(prompts)) or text(len(prompts)))
+
+    def encode(_: object, prompts: list[str]) -> Any:
+        seen.append(len(prompts))
+        return text(len(prompts))
+
+    monkeypatch.setattr(type(teacher), "encode", encode)
     embed(teacher, [f"prompt {i}" for i in range(70)], None, "")
     assert max(seen) == count and sum(seen) == 71  # with the empty prompt
 

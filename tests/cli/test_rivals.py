@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from fewstep.api import load_student
 from fewstep.backbones.families import FAMILIES
-from fewstep.backbones.load import pipeline_of
+from fewstep.backbones.load import at_size, pipeline_of
 from fewstep.backbones.parts import denoiser_of
 from fewstep.backbones.rivals import RIVALS, Rival, draw_rival, rival_named, rival_pipeline
 from fewstep.core.solvers import SOLVERS
@@ -106,11 +106,21 @@ FAMILY = {
 }
 
 
-@pytest.mark.parametrize("rival", [r for r in RIVALS if not r.missing], ids=lambda r: f"{r.name}-{FAMILY[r.base]}")
+FAST = {"lcm-lora-sd", "sdxl-lightning-sdxl", "sdxl-turbo-sdxl", "tdm-sd3", "tdm-cogvideox"}  # one of each kind
+
+
+def named(rival: Rival) -> str:
+    return f"{rival.name}-{FAMILY[rival.base]}"
+
+
+@pytest.mark.parametrize(
+    "rival",
+    [pytest.param(r, id=named(r), marks=() if named(r) in FAST else pytest.mark.slow) for r in RIVALS if not r.missing],
+)
 def test_every_rival_samples_from_files_of_its_kind(rival: Rival, tmp_path: Path) -> None:
     """On a tiny pipeline of its base: its weights change the images, the base keeps its own, one noise one image."""
     family = FAMILY[rival.base]
-    backbone = pipelines.load(pipelines.save(family, tmp_path / "base"))
+    backbone = at_size(pipelines.load(pipelines.save(family, tmp_path / "base")), pipelines.SIZES.get(family))
     base = pipeline_of(backbone)
     before = {k: v.clone() for k, v in denoiser_of(base).state_dict().items()}
     folder, file = tmp_path / "rival", (rival.files or ("any.safetensors",))[0]

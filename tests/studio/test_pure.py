@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def record(run: Path, iterations: int = 10, **more: object) -> None:
     (run / "run.json").write_text(json.dumps({"recipe": recipe, "command": "fewstep distill demo"}))
 
 
-def log(run: Path, *lines: dict[str, object]) -> None:
+def log(run: Path, *lines: Mapping[str, object]) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 

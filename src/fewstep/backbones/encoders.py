@@ -55,8 +55,8 @@ def at_once(encoders: Sequence[nn.Module]) -> int:
     Language models give the states of all layers, and a number for every word that may follow: 64 prompts of
     FLUX.2-klein's take 10 GB for these words alone.
     """
-    language = (e for e in encoders if isinstance(e, PreTrainedModel) and not isinstance(e, SLIGHT))
-    return FEW if any(language) else MANY
+    language = any(isinstance(e, PreTrainedModel) and not isinstance(e, SLIGHT) for e in encoders)
+    return FEW if language else MANY
 
 
 def load_deferred(backbone: Backbone) -> None:

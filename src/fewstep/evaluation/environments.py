@@ -181,7 +181,7 @@ def install(key: str) -> Path:
 
     Returns where it is. Raises ValueError in one line where it cannot be made.
     """
-    known = {**{e.folder: e for e in ENVIRONMENTS.values()}, **CONVERSIONS}
+    known: dict[str, Environment | Conversion] = {**{e.folder: e for e in ENVIRONMENTS.values()}, **CONVERSIONS}
     if key not in known:
         raise ValueError(f"--install: got {key}; choose one of {', '.join(known)}")
     folder, python = place() / key, str(python_of(key))

@@ -107,7 +107,8 @@ class FeatureExtractor:
         deep = 0 if extra.deep is None else extra.deep.features(torch.zeros(1, 3, 8, 8)).shape[1]
         small = 0 if extra.pairs is None else 3 * SIDE**2
         widths = (space.width, BINS**3 if colours else 0, len(LOOKS), len(extra.scorers), deep, small)
-        self.nothing = Measured(*(torch.empty(0, width) for width in widths), torch.empty(0), torch.empty(0))
+        one, two, three, four, five, six = (torch.empty(0, width) for width in widths)
+        self.nothing = Measured(one, two, three, four, five, six, torch.empty(0), torch.empty(0))
 
     def draw(self, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], row: str) -> Measured:
         """Sample and measure one batch.

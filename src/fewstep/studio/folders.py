@@ -193,11 +193,26 @@ def facts_of(run: Path) -> Facts:
         held=held,
         alive=alive,
         student=student,
-        reported=student and _stamp(run / REPORT)[0] * 1e9 >= card_time(run / FINAL),
+        reported=student and _reported(run, done),
         early=patience is not None,
         warm=part != run,
         error="" if alive else error_of(run),
     )
+
+
+def _reported(run: Path, done: int) -> bool:
+    """Return whether a run's report is of its student.
+
+    A copied run has lost the times of its files; then the card says whether the student is of the last iteration.
+    """
+    if not (run / REPORT).is_file():
+        return False
+    if _stamp(run / REPORT)[0] * 1e9 >= card_time(run / FINAL):
+        return True
+    try:
+        return read_card(run / FINAL).iterations >= done
+    except ValueError:
+        return False
 
 
 def _newest(path: Path) -> list[dict[str, Any]]:

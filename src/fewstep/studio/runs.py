@@ -5,6 +5,7 @@ Every run under the folder, and one of them opened.
 
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,10 +41,26 @@ from .place import PLOTS, Place
 from .queue import Job
 
 EVERY, SLOW = 2.0, 4.0  # seconds between two looks: at states, at curves and images
+REDRAW = 15.0  # seconds between two drawings of the curves of a run that trains: they cost what it could use
 NONE = "No run yet. Start one in the tab New, or with `fewstep distill` in a terminal: it appears here by itself."
 CHOOSE = "Choose a run from the list."
-Seen = tuple[str, int, str]  # what a page shows of a run: its folder, the number of previews, `stamp`
-NOTHING: Seen = ("", 0, "")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a page shows of a run.
+
+    Its folder, the number of previews, its `stamp`, and that of its curves with the time when they were drawn.
+    """
+
+    run: str = ""
+    previews: int = 0
+    marks: str = ""
+    curves: str = ""
+    when: float = 0.0
+
+
+NOTHING = Seen()
 
 
 @dataclass(frozen=True)
@@ -164,12 +181,15 @@ def shown_wipe(run: str, at: int, prompt: int | None, row: str | None) -> tuple[
     return wipe(grid, prompt or 0, row or ""), strips(grid)
 
 
-def _list(choices: list[tuple[str, str]], run: str | None, known: bool) -> Any:
+def _list(choices: list[tuple[str, str]], run: str | None, before: list[tuple[str, str]]) -> Any:
     """Return the list of runs.
 
-    What is chosen is left to the page, unless it has vanished.
+    What is chosen is left to the page where the runs are the same; a page forgets it where there are others.
     """
-    return gr.update(choices=choices) if known or not run else gr.update(choices=choices, value=None)
+    values = [value for _, value in choices]
+    if values == [value for _, value in before]:
+        return gr.update(choices=choices)
+    return gr.update(choices=choices, value=run if run in values else None)
 
 
 def _changed(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
@@ -262,7 +282,7 @@ def build(place: Place) -> RunsTab:
             return [gr.skip()] * 11 + [gr.skip()]
         fresh = _changed(old, new)
         outputs = [
-            fresh[0] if fresh[0] is not new[0] else _list(choices, run, own is not None),
+            fresh[0] if fresh[0] is not new[0] else _list(choices, run, old[0] if old else []),
             fresh[1],
             gr.update(visible=bool(waits)),
             fresh[2] if fresh[2] is not new[2] else gr.update(choices=waits, value=waits[0][1] if waits else None),
@@ -283,17 +303,26 @@ def build(place: Place) -> RunsTab:
         if not run or not Path(run).is_dir():
             none = words.note(CHOOSE)
             return [none, none, gr.skip(), gr.skip(), gr.skip(), "", None, words.note("No preview yet."), NOTHING]
-        found, marks = previews(stage_of(Path(run))), stamp(Path(run))
-        if old == (run, len(found), marks):
+        found, marks, now_ = previews(stage_of(Path(run))), stamp(Path(run)), time.monotonic()
+        same = old.run == run
+        due = not same or (old.curves != marks and now_ - old.when >= REDRAW)
+        if same and not due and (old.previews, old.marks) == (len(found), marks):
             return [gr.skip()] * 9
-        try:
-            made, said = drawn(Path(run), marks)
-        except ValueError as error:
-            made, said = words.note(error, "bad"), words.note(error, "bad")
-        before = old[1] if old[0] == run else 0  # previews of this run that the page has seen
-        new, grid = (run, len(found), marks), grid_of(found[-1][1]) if found else None
+        made: Any = gr.skip()
+        said: Any = gr.skip()
+        if due:
+            try:
+                made, said = drawn(Path(run), marks)
+            except ValueError as error:
+                made, said = words.note(error, "bad"), words.note(error, "bad")
+        curves_, when_ = (marks, now_) if due else (old.curves, old.when)
+        before = old.previews if same else 0  # previews of this run that the page has seen
+        grid = grid_of(found[-1][1]) if found else None
+        new = Seen(run, 0 if grid is None else len(found), marks, curves_, when_)
         if grid is None:
-            return [made, said, gr.skip(), gr.skip(), gr.skip(), "", *shown_wipe(run, 1, None, None), (run, 0, marks)]
+            return [made, said, gr.skip(), gr.skip(), gr.skip(), "", *shown_wipe(run, 1, None, None), new]
+        if before == len(found):
+            return [made, said, *[gr.skip()] * 6, new]
         at_end, own_rows = not before or int(now) >= before, student_rows(grid)
         place_of = len(found) if at_end else int(now)
         if not before:

@@ -34,7 +34,7 @@ from ..student.folder import card_time, read_card
 from ..student.student import Student
 from ..training.loop import default_device
 from . import words
-from .folders import FINAL, student_names
+from .folders import BEST, FINAL, record_of, student_names
 from .pictures import Settings, enlarged, settings_in, with_settings
 from .place import NETWORK, Place
 
@@ -182,9 +182,12 @@ def settings_for(folder: str, prompt: str, seed: Any, count: Any, steps: Any, so
 
 def own_prompts(folder: Path) -> list[str]:
     """Return prompts that a student's run shows, to begin with."""
-    place = folder.parent if folder.name == FINAL else folder
+    run = folder.parent if folder.name in (FINAL, BEST) else folder
+    shown = (record_of(run).get("recipe") or {}).get("preview") or {}
+    if prompts := [str(p) for p in shown.get("prompts") or [] if p]:
+        return prompts
     try:
-        return [p for p in load_images(place / IMAGES).prompts if p]
+        return [p for p in load_images(run / IMAGES).prompts if p]
     except (ValueError, OSError):
         return []
 

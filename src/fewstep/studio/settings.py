@@ -83,7 +83,8 @@ def settings_of(recipe: DistillRecipe) -> list[Setting]:
 
 
 def _settings(block: Any, above: str) -> Iterator[Setting]:
-    kind, names = type(block), _names(block)
+    kind: type = type(block)
+    names = _names(block)
     texts = field_texts(kind)
     for name in names:
         value, key = getattr(block, name), f"{above}{name}"

@@ -180,10 +180,12 @@ def measured(
     spec: TreeSpec,
     own: Sequence[nn.Parameter],
     graded: bool,
+    casting: bool,
 ) -> Cost | None:
-    """Return the cost of a block's call, which is made twice and differentiated.
+    """Return the cost of a block's call, which is made and differentiated.
 
-    None where the outputs are no new tensors.
+    With `casting` it is made twice: a first call may leave casts of trained weights. None where the outputs are no new
+    tensors.
     """
     inputs = [v.detach().requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v for v in leaves]
     given = [v for v in inputs if isinstance(v, Tensor)]
@@ -196,9 +198,12 @@ def measured(
 
     # The hooks also keep these calls from the checkpointing around them.
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        _, first, left = ledger.above(lambda: tree_map(kind_of, forward(*args, **kwargs)))
-        seen.clear()
+        first, left = 0, 0
+        if casting:
+            _, first, left = ledger.above(lambda: tree_map(kind_of, forward(*args, **kwargs)))
+            seen.clear()
         found, later, remains = ledger.above(lambda: forward(*args, **kwargs))
+        first = first or later
     told, out_spec = tree_flatten(found)
     made = list({id(t): t for t in told if isinstance(t, Tensor)}.values())
     apart = len({address(t) for t in made} - known) == len(made)
@@ -258,9 +263,10 @@ class Calls:
             like = next(network.parameters())
             short = self.short and isinstance(like, FakeTensor)
             casts = Casts(ledger, like) if short else None
-            for block in innermost_blocks(network) if casts is not None else ():
-                block.forward = partial(self._block, ledger, casts, block, block.forward)
-                put.append(block)
+            if casts is not None:
+                for block in innermost_blocks(network):
+                    block.forward = partial(self._block, ledger, casts, block, block.forward)
+                    put.append(block)
             network.forward = partial(self._network, ledger, casts, network, network.forward)
             put.append(network)
         try:
@@ -318,7 +324,9 @@ class Calls:
         name = (id(block), role, graded)
         if key not in self.known.costs:
             with ledger.aside():
-                self.known.costs[key] = measured(ledger, forward, leaves, spec, own, graded)
+                self.known.costs[key] = measured(
+                    ledger, forward, leaves, spec, own, graded, mixed is not None and bool(self._trained(block, role))
+                )
             casts.made.setdefault(name, None)
         cost = self.known.costs[key]
         if cost is None:
