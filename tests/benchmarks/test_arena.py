@@ -13,7 +13,7 @@ MEASURED = {"accuracy": 90.0, "precision": 0.5, "recall": 0.5, "diversity": 1.0}
 
 def row(key: str, rate: float, seed: int, fd: float, count: int = 4) -> dict[str, Any]:
     return {
-        "stage": "race", "key": key, "count": count, "rate": rate, "seed": seed, "iterations": 10,
+        "stage": "race", "key": key, "count": count, "rate": rate, "seed": seed, "iterations": 10, "seconds": 9.0,
         "measured": {str(count): MEASURED | {"fd": fd}},
     }  # fmt: skip
 
@@ -27,11 +27,11 @@ def test_each_method_is_shown_at_its_best_rate_the_nearest_first(load: Load) -> 
     record = sys.modules["records"].new_record("arena", "made up", rows, (0, 1), {"seconds": 12.0})
     text = arena["page"](record)
     four = text[text.index("## 4 steps, 12 CPU seconds each") :].partition("\n## ")[0]
-    lines = [[cell.strip() for cell in line.split("|")[1:5]] for line in four.splitlines() if line.startswith("| ")]
+    lines = [[cell.strip() for cell in line.split("|")[1:6]] for line in four.splitlines() if line.startswith("| ")]
     assert lines[2:] == [
-        ["LCM", "0.0003", "10", "2.00"],
-        ["TDM", "0.0001", "10", "4.00 ± 1.41"],
-        ["TDM, adversarial term, real images", "0.0001", "10", "9.00"],
+        ["LCM", "0.0003", "10", "9.0", "2.00"],
+        ["TDM", "0.0001", "10", "9.0", "4.00 ± 1.41"],
+        ["TDM, adversarial term, real images", "0.0001", "10", "9.0", "9.00"],
     ]
     assert "| TDM | 5.00 | 3.00 | - |" in text
 
