@@ -58,7 +58,6 @@ ALLOWED = {
     "studio.folders._newest": SKIPS,
     "studio.folders._walk": BYTES,
     "studio.folders.tail": BYTES,
-    "studio.pictures.wipe": OURS,
     "studio.look.css": OURS,
     "cli.export.in_other_programs": OURS,
     "cli.recipes.run_recipes": OURS,

@@ -18,7 +18,7 @@ from fewstep.core.guidance import Guidance
 from fewstep.evaluation.environments import CONVERSIONS, install
 from fewstep.evaluation.environments import PLACE as ENVIRONMENTS
 from fewstep.evaluation.images import ImageProtocol, evaluate_images
-from fewstep.evaluation.lpips import FILE, LAYERS, SIDE, Lpips, load_lpips, perceptual_diversity, pictures
+from fewstep.evaluation.lpips import FILE, LAYERS, SIDE, Lpips, load_lpips, perceptual_diversity, thumbnails
 from fewstep.evaluation.protocols import Row, evaluate
 from fewstep.evaluation.scorer import Extra
 from fewstep.evaluation.weights import PLACE
@@ -107,7 +107,7 @@ def test_it_is_the_mean_over_pairs_of_a_prompt() -> None:
     assert perceptual_diversity(Plain(), small, [*groups, torch.tensor([1])]) is None
     clips = torch.zeros(2, 5, 3, 8, 8)
     clips[:, 2] = 1
-    assert pictures(clips).shape == (2, 3 * SIDE**2) and pictures(clips).min() == pytest.approx(1)
+    assert thumbnails(clips).shape == (2, 3 * SIDE**2) and thumbnails(clips).min() == pytest.approx(1)
 
 
 def test_seeds_that_are_alike_have_none(tmp_path: Path) -> None:

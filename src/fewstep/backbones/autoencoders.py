@@ -13,20 +13,20 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 PATCH = 2  # side of the patches that FLUX.2's autoencoder folds into channels
 
 
-def latents_of(vae: Any, pictures: Tensor) -> Tensor:
+def latents_of(vae: Any, images: Tensor) -> Tensor:
     """Return the means of an autoencoder's posterior, unscaled.
 
-    `pictures` [B, 3, H, W] are in [-1, 1]. Latents are [B, C, h, w]: FLUX.2's with patches of 2 x 2 folded
+    `images` [B, 3, H, W] are in [-1, 1]. Latents are [B, C, h, w]: FLUX.2's with patches of 2 x 2 folded
     into channels. A video autoencoder gets one frame.
     """
     if isinstance(vae, AutoencoderKLQwenImage):
-        frame: Tensor = vae.encode(pictures.unsqueeze(2)).latent_dist.mean.squeeze(2)
+        frame: Tensor = vae.encode(images.unsqueeze(2)).latent_dist.mean.squeeze(2)
         return frame
-    means: Tensor = vae.encode(pictures).latent_dist.mean
+    means: Tensor = vae.encode(images).latent_dist.mean
     return pixel_unshuffle(means, PATCH) if isinstance(vae, AutoencoderKLFlux2) else means
 
 
-def pictures_of(vae: Any, latents: Tensor) -> Tensor:
+def images_of(vae: Any, latents: Tensor) -> Tensor:
     """Return images [B, 3, H, W] in [-1, 1] of unscaled latents.
 
     The inverse of `latents_of`.

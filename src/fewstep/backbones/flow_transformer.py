@@ -1,7 +1,7 @@
 """What transformers for rectified flow have in common.
 
 Sizes, shifts of times, patches and their places.
-The pipelines of these families tell their scheduler K sigmas and, by the picture's size, a shift of time.
+The pipelines of these families tell their scheduler K sigmas and, by the image's size, a shift of time.
 """
 
 import math
@@ -76,7 +76,7 @@ def linear_mu(config: Mapping[str, Any], tokens: int) -> float:
 class FlowTransformer(Sized):
     """A latent backbone with a transformer for rectified flow, of any size.
 
-    `schedule` is shifted as the pipeline shifts a picture of this size.
+    `schedule` is shifted as the pipeline shifts an image of this size.
     """
 
     @classmethod

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from ..core.prediction import Row, edm_row, row_named
 from ..core.schedule import Schedule
-from .autoencoders import latents_of, pictures_of, scale_of
+from .autoencoders import images_of, latents_of, scale_of
 from .experts import Experts, experts_of
 from .modules import dtype_of
 from .schedulers import EDM_SIGNS, plain_config
@@ -152,7 +152,7 @@ class Latent(DiffusersBackbone):
         shift, scale = self.latent_scale(x)
         z = x.float() / scale + shift
         with torch.no_grad():
-            images = torch.cat([pictures_of(vae, part) for part in z.to(vae.dtype).split(self.chunk)])
+            images = torch.cat([images_of(vae, part) for part in z.to(vae.dtype).split(self.chunk)])
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
 

@@ -281,7 +281,7 @@ def evaluate_images(
             between_seeds = theirs.seeds or float(torch.pdist(points[best]).mean()) or 1.0
             apart = (points[i] - points[best]).norm(dim=1) / between_seeds
 
-        seen = None if extra.pairs is None else perceptual_diversity(extra.pairs, measured[i].pictures, groups.rows)
+        seen = None if extra.pairs is None else perceptual_diversity(extra.pairs, measured[i].thumbnails, groups.rows)
 
         def drawn_at(chosen: Tensor | None) -> Drawn:
             index = slice(None) if chosen is None else groups.images(chosen)

@@ -82,7 +82,7 @@ def load_lpips() -> Lpips:
     return Lpips(tensors, weights={str(FILE): sha256_of(file)})
 
 
-def pictures(images: Tensor) -> Tensor:
+def thumbnails(images: Tensor) -> Tensor:
     """Return small copies of images.
 
     [B, 3 * 64 * 64], of clips those of the middle frames.
@@ -95,7 +95,7 @@ def pictures(images: Tensor) -> Tensor:
 def perceptual_diversity(measure: PairDistance, small: Tensor, groups: Sequence[Tensor] | Tensor) -> Tensor | None:
     """Return the mean distance between two images of each group, [G].
 
-    `small` [N, 3 * 64 * 64] are pictures, and `groups` the indices of those of one prompt, of which `SEEDS` are
+    `small` [N, 3 * 64 * 64] are thumbnails, and `groups` the indices of those of one prompt, of which `SEEDS` are
     compared. None where a group has a single image.
     """
     if min(map(len, groups), default=0) < 2:

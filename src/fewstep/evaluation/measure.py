@@ -18,7 +18,7 @@ from ..tensors import finite
 from .alignment import BINS, colour_histogram
 from .features import feature_network, features
 from .looks import LOOKS, looks
-from .lpips import SIDE, pictures
+from .lpips import SIDE, thumbnails
 from .scorer import NO_EXTRA, Extra
 from .speed import Sampled, timed
 
@@ -35,7 +35,7 @@ class Measured:
 
     `embeddings` [n, K], colour histograms `colours` [n, 125] (or [n, 0]) and appearance `looks` [n, 7]; of each
     batch the `seconds` per image and the largest `memory` in MiB. `scores` [n, S] are those of S scorers, and `deep`
-    [n, D] other features, and `pictures` [n, 3 * 64 * 64] small copies; all three may have no columns.
+    [n, D] other features, and `thumbnails` [n, 3 * 64 * 64] small copies; all three may have no columns.
     """
 
     embeddings: Tensor
@@ -43,7 +43,7 @@ class Measured:
     looks: Tensor
     scores: Tensor
     deep: Tensor
-    pictures: Tensor
+    thumbnails: Tensor
     seconds: Tensor
     memory: Tensor
 
@@ -134,7 +134,7 @@ class FeatureExtractor:
             looks(images, sampled.states),
             self._scores(images, prompts),
             torch.empty(len(images), 0) if self.extra.deep is None else self.deep_of(images),
-            torch.empty(len(images), 0) if self.extra.pairs is None else pictures(images),
+            torch.empty(len(images), 0) if self.extra.pairs is None else thumbnails(images),
             torch.tensor([sampled.seconds]),
             torch.tensor([0.0 if self.extra.stamp() else sampled.memory]),  # other networks lie beside the sampled one
         )

@@ -214,7 +214,7 @@ def measured_rows(
     Measurements kept in `cache` or `shipped` under the same `stamp` are reused.
     """
     measured: list[Measured] = []
-    kind = [*stamp, "looks", "pictures", *gauge.extra.stamp()]  # earlier measurements have none
+    kind = [*stamp, "looks", "thumbnails", *gauge.extra.stamp()]  # earlier measurements have none
     for row in rows:
         title = f"{row.model}-{row.steps}steps-guidance{row.guidance.scale:g}"
         special = [] if row.guidance == Guidance(scale=row.guidance.scale) else [json.dumps(asdict(row.guidance))]

@@ -116,7 +116,7 @@ class MetricSuite:
         if compared is not None and theirs is not None and their_within is not None:
             unit = float(their_within.mean()) or 1.0
             apart = (plain - theirs).norm(dim=1) / unit
-        seen = None if self.pairs is None else perceptual_diversity(self.pairs, row.pictures, self._repeated())
+        seen = None if self.pairs is None else perceptual_diversity(self.pairs, row.thumbnails, self._repeated())
         others, their_others = _others(plain), None if theirs is None else _others(theirs)
 
         def at(drawn: Drawn) -> Row:

@@ -1,6 +1,5 @@
 """Pictures that hold their settings, and previews taken apart."""
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..data.image_files import opened
 from ..reading import json_of, reading
 from ..report.grids import Grid, read_grid
 from ..report.images import png
@@ -50,7 +50,7 @@ def settings_in(path: Path) -> Settings:
     Raises ValueError for any other picture.
     """
     with reading(path.name, "drop a PNG that the studio has made", "is no such picture"):
-        with Image.open(path, formats=("PNG",)) as found:
+        with opened(path.read_bytes(), path.name, "image") as found:
             found.load()
             told = found.info.get(KEY)
         if told is None:
@@ -99,8 +99,12 @@ def wipe(grid: Grid, prompt: int, row: str) -> tuple[Image.Image, Image.Image] |
         return None
     at = grid.labels.index(row if row in rows else rows[0])
     column = min(max(prompt, 0), len(grid.prompts) - 1)
-    first, second = (enlarged(Image.open(io.BytesIO(grid.tiles[r][column]))) for r in (0, at))
-    return first, second
+
+    def tile(r: int) -> Image.Image:
+        with opened(grid.tiles[r][column], f"tile {column} of {grid.labels[r]}", "preview") as found:
+            return enlarged(found)
+
+    return tile(0), tile(at)
 
 
 def student_rows(grid: Grid) -> list[str]:
