@@ -184,12 +184,13 @@ def shown_wipe(run: str, at: int, prompt: int | None, row: str | None) -> tuple[
 def _list(choices: list[tuple[str, str]], run: str | None, before: list[tuple[str, str]]) -> Any:
     """Return the list of runs.
 
-    What is chosen is left to the page where the runs are the same; a page forgets it where there are others.
+    What is chosen is left to the page where the runs are the same. A page forgets it where there are others; without
+    a choice the newest run is opened.
     """
     values = [value for _, value in choices]
     if values == [value for _, value in before]:
         return gr.update(choices=choices)
-    return gr.update(choices=choices, value=run if run in values else None)
+    return gr.update(choices=choices, value=run if run in values else next(iter(values), None))
 
 
 def _changed(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
