@@ -130,9 +130,9 @@ def rows() -> list[Facts]:
     return found
 
 
-def page(record: Record, heads: Record | None) -> str:
-    """Return the page of a record, with trained heads beside it."""
-    lines = []
+def page(record: Record) -> str:
+    """Return the page of a record, with the trained heads of `trajpl.json` beside it."""
+    lines, heads = [], read_record(Path(__file__).parent / "trajpl.json")
     for method in dict.fromkeys(r["method"] for r in record.rows):
         own = [r for r in record.rows if r["method"] == method]
         cells = [f"{statistics.mean(r['error'][str(k)] for r in own):.3f}" for k in COUNTS]
@@ -140,7 +140,7 @@ def page(record: Record, heads: Record | None) -> str:
         seconds = f"{statistics.mean(r['seconds'] for r in own):.1f}" if "seconds" in own[0] else "0"
         lines.append([method, kept, seconds, *cells, len(own)])
     for key, label in (("pas", "trained: a row of weights per step (PAS)"), ("head", "trained: span head")):
-        own = [r for r in (heads.rows if heads else []) if (r["part"], r["key"]) == ("exact", key)]
+        own = [r for r in heads.rows if (r["part"], r["key"]) == ("exact", key)]
         if own:
             cells = [f"{statistics.mean(r['measured']['error'][str(k)] for r in own):.3f}" for k in COUNTS]
             lines.append([label, "", f"{statistics.mean(r['seconds'] for r in own):.0f}", *cells, len(own)])
@@ -162,7 +162,7 @@ def main() -> None:
     a = parser.parse_args()
     torch.set_num_threads(1)
     record = new_record("shape", "python benchmarks/shape.py", rows(), SEEDS, {"samples": FRESH})
-    write_record(record, page(record, read_record(Path(__file__).parent / "trajpl.json")), a.to)
+    write_record(record, page(record), a.to)
 
 
 if __name__ == "__main__":

@@ -35,9 +35,9 @@ def half_types(module: nn.Module) -> list[torch.dtype]:
 
 
 def slow_half(dtype: torch.dtype, cure: str) -> str:
-    """Say that this CPU is slow in a half precision, and what helps.
+    """Say that this CPU is slow in a half precision.
 
-    Empty where it is not.
+    With what helps; empty where it is not slow.
     """
     name, times = str(dtype).removeprefix("torch."), slowdown(dtype)
     return f"this CPU computes {name} about {times:.0f} times as slowly as float32; {cure}" if times > SLOW else ""

@@ -295,7 +295,10 @@ class LatentUNet(WithUNet, Sized):
 
 @dataclass(frozen=True)
 class LatentTransformer(Sized):
-    """A latent backbone with a transformer, which has positions for patches of any size."""
+    """A latent backbone with a transformer.
+
+    The transformer has positions for patches of any size.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:

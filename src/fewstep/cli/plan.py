@@ -47,7 +47,10 @@ LEAST_BATCH = 4  # below this batch, checkpointing is faster than smaller batche
 
 
 class TooLargeError(ValueError):
-    """A recipe that fits a card with no settings: the smallest of them need `needed` bytes."""
+    """A recipe that fits a card with no settings.
+
+    The smallest settings need `needed` bytes.
+    """
 
     def __init__(self, text: str, needed: int) -> None:
         super().__init__(text)

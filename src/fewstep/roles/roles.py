@@ -142,7 +142,10 @@ class Roles:
         return self._as(role, denoiser(self.backbone, self.networks[role], self.told(cond)), condition)
 
     def told(self, cond: Cond) -> Cond:
-        """Return conditions with the run's guidance scale, for networks that are told one."""
+        """Return conditions with the run's guidance scale.
+
+        Unchanged for networks that take no scale as an input.
+        """
         return cond if self.embedded_guidance is None else tell(cond, self.embedded_guidance)
 
     def teacher(self, cond: Cond, null: Cond, guidance: Guidance) -> Denoise:

@@ -1,4 +1,4 @@
-"""Calls of networks and of their blocks, of which each kind is made once.
+"""Calls of blocks, of which each kind is made once.
 
 With fake (meta) tensors a call has no numbers, only bytes. A call like an earlier one, of equal layers with inputs of
 the same shapes, needs as many bytes again. So it is not made: its outputs are there without it, and its graph keeps
@@ -106,21 +106,30 @@ class Casts:
 
 
 class Costs:
-    """What calls of blocks cost, by the kinds of blocks and of inputs."""
+    """What calls of blocks cost.
+
+    By the kinds of blocks and of their inputs.
+    """
 
     def __init__(self) -> None:
         self.costs = dict[object, Cost | None]()
         self._kinds = dict[object, int]()
 
     def number(self, block: nn.Module) -> int | None:
-        """Return the number of a block's kind; None for a block into which others look."""
+        """Return the number of a block's kind.
+
+        None for a block into which hooks look.
+        """
         if any(m._forward_hooks or m._forward_pre_hooks for m in block.modules()):
             return None
         return self._kinds.setdefault(signature(block), len(self._kinds))
 
 
 def signature(block: nn.Module) -> object:
-    """Return what equal blocks have in common: layers, settings, and kinds of weights."""
+    """Return what equal blocks have in common.
+
+    Layers, settings, and the shapes and types of weights.
+    """
     return tuple(
         (
             name,
@@ -158,7 +167,10 @@ class Once(torch.autograd.Function):
 
 
 class End(torch.autograd.Function):
-    """A number made of a block's outputs, whose gradients need no other memory."""
+    """A number made of a block's outputs.
+
+    Its gradients need no other memory.
+    """
 
     @staticmethod
     def forward(ctx: Any, *outputs: Tensor) -> Tensor:
