@@ -44,7 +44,7 @@ from fewstep.studio.settings import (
     settings_of,
     verdict,
 )
-from fewstep.training.lock import Holder, holder_in, holder_of, lives, this_holder
+from fewstep.training.lock import Holder, holder_in, holder_of, lives
 
 BAD = "<img src=x onerror=alert(1)> **bold** `code`"
 HOLDER = Holder(1, "elsewhere", "", "2026-11-30T00:00:00Z")
@@ -104,13 +104,15 @@ def test_facts_come_from_the_folder_while_it_trains_and_after(tmp_path: Path, sl
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 5, "sec')  # is being written
     before = stamp(run)
-    (run / "run.lock").write_text(json.dumps(asdict(holder_of(sleeper.pid))))
+    holder, end = holder_of(sleeper.pid), time.monotonic() + 60
+    (run / "run.lock").write_text(json.dumps(asdict(holder)))
     facts = facts_of(run)
     assert (facts.asked, facts.done, facts.seconds, facts.pace, facts.alive) == (10, 4, 8.0, 2.0, True)
     assert stamp(run) != before
     assert find_runs(tmp_path) == [run]
     sleeper.send_signal(signal.SIGKILL)
-    while lives(holder_of(sleeper.pid)) and lives(this_holder()):  # until it is a zombie
+    while lives(holder):  # until it is a zombie
+        assert time.monotonic() < end
         time.sleep(0.01)
     assert state_of(facts_of(run)).word == "died"
     (run / "run.lock").unlink()
