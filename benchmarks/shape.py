@@ -140,7 +140,7 @@ def page(record: Record) -> str:
         seconds = f"{statistics.mean(r['seconds'] for r in own):.1f}" if "seconds" in own[0] else "0"
         lines.append([method, kept, seconds, *cells, len(own)])
     for key, label in (("pas", "trained: a row of weights per step (PAS)"), ("head", "trained: span head")):
-        own = [r for r in heads.rows if (r["part"], r["key"]) == ("exact", key)]
+        own = [r for r in (heads.rows if heads else []) if (r["part"], r["key"]) == ("exact", key)]
         if own:
             cells = [f"{statistics.mean(r['measured']['error'][str(k)] for r in own):.3f}" for k in COUNTS]
             lines.append([label, "", f"{statistics.mean(r['seconds'] for r in own):.0f}", *cells, len(own)])
