@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Make the pictures of docs/studio.md from a folder with a finished run.
+"""Make the screenshots of docs/studio.md from a folder with a finished run.
 
     fewstep distill demo --set preview.every=20
     python docs/screenshots.py runs/demo
 
-Needs gradio, chromium and chromedriver. The pictures go to docs/studio/; with --all every tab in both widths and
+Needs gradio, chromium and chromedriver. The screenshots go to docs/studio/; with --all every tab in both widths and
 themes goes to that folder instead.
 """
 
@@ -73,7 +73,7 @@ def open_tab(browser: Browser, name: str, run: str) -> None:
 
 
 def taken(browser: Browser, path: Path, whole: bool) -> None:
-    """Take a picture of what is in sight, or of the whole page, in few colours."""
+    """Take a screenshot of what is in sight, or of the whole page, in few colours."""
     with tempfile.TemporaryDirectory() as folder:
         data = browser.screenshot(Path(folder) / "a.png", whole).read_bytes()
     with Image.open(io.BytesIO(data)) as found:
@@ -82,7 +82,7 @@ def taken(browser: Browser, path: Path, whole: bool) -> None:
 
 
 def main() -> None:
-    """Take the pictures."""
+    """Take the screenshots."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a finished run")
     parser.add_argument("--all", type=Path, help="take every tab in both widths and themes to this folder")

@@ -16,7 +16,7 @@ from PIL import Image
 
 from fewstep.backbones import miniature
 from fewstep.backbones.unconditional import save_pixel_model
-from fewstep.studio.pictures import settings_in
+from fewstep.studio.images import settings_in
 from tests import tiny
 from tests.browser import DESK, PHONE, Browser, browsing
 
@@ -190,7 +190,7 @@ def stop_and_resume(walker: Walker) -> None:
 
 
 def sample(walker: Walker) -> None:
-    """Sample beside the teacher, and take the settings of a picture."""
+    """Sample beside the teacher, and take the settings of an image."""
     walker.tab("Sample")
     walker.reads("#about-student", "2 steps, 1 step")
     walker.fill("#seed", "5", "Tab")
@@ -199,13 +199,13 @@ def sample(walker: Walker) -> None:
     walker.has("#sample-wipe img")
     walker.press("#download")
     walker.browser.until(lambda: bool(list(walker.browser.downloads.glob("*.png"))))
-    (picture,) = walker.browser.downloads.glob("*.png")
-    told = settings_in(picture)
+    (image,) = walker.browser.downloads.glob("*.png")
+    told = settings_in(image)
     assert (told.prompt, told.seed, told.steps) == (CLASS, 5, 2)
-    with Image.open(picture) as found:
+    with Image.open(image) as found:
         assert found.size == (8, 8)
     walker.fill("#seed", "9", "Tab")
-    walker.browser.upload("#dropped input[type=file]", picture)
+    walker.browser.upload("#dropped input[type=file]", image)
     seed = "return document.querySelector('#seed input').value"
     walker.browser.until(lambda: walker.browser.run(seed) == "5")
     walker.press("#steps-grid")
@@ -260,6 +260,7 @@ def narrow_and_dark(walker: Walker) -> None:
         walker.browser.show(*PHONE, dark=True)
         assert walker.browser.overflow <= 0, name
     walker.browser.show(*DESK)
+    walker.tab("Images")  # an earlier step has left another one open
     walker.browser.run("document.querySelector('#tabs button[role=tab]').focus()")
     walker.browser.press("Enter")
     seen = set()

@@ -1,4 +1,4 @@
-"""What the studio knows without a page: states of runs, commands, the queue, settings, pictures, escaping."""
+"""What the studio knows without a page: states of runs, commands, the queue, settings, images, escaping."""
 
 import json
 import os
@@ -30,8 +30,8 @@ from fewstep.studio.folders import (
     state_of,
     summary,
 )
-from fewstep.studio.pictures import Settings, previews, settings_in, strips, student_rows, wipe, with_settings
-from fewstep.studio.pictures import grid_of as preview_of
+from fewstep.studio.images import Settings, previews, settings_in, strips, student_rows, wipe, with_settings
+from fewstep.studio.images import grid_of as preview_of
 from fewstep.studio.queue import Job, Line, added, read_jobs, removed
 from fewstep.studio.settings import (
     MAIN,
@@ -212,25 +212,25 @@ def settings(**more: object) -> Settings:
 
 
 def test_settings_travel_in_the_picture(tmp_path: Path) -> None:
-    picture = Image.new("RGB", (8, 8), (1, 2, 3))
+    image = Image.new("RGB", (8, 8), (1, 2, 3))
     for told in (settings(), settings(guidance=2.5, solver="dpmpp")):
-        (tmp_path / "a.png").write_bytes(with_settings(picture, told))
+        (tmp_path / "a.png").write_bytes(with_settings(image, told))
         assert settings_in(tmp_path / "a.png") == told
-    assert not picture.info, "the picture itself stays as it was"
+    assert not image.info, "the image itself stays as it was"
 
 
 @pytest.mark.parametrize("told", [None, "{", "{}", '{"student": 1}', json.dumps(asdict(settings()) | {"seed": "7"})])
 def test_a_picture_without_settings_says_so(told: str | None, tmp_path: Path) -> None:
-    picture = Image.new("RGB", (8, 8))
+    image = Image.new("RGB", (8, 8))
     if told is not None:
-        picture.info["fewstep.sample"] = told
-        (tmp_path / "a.png").write_bytes(png(picture))
+        image.info["fewstep.sample"] = told
+        (tmp_path / "a.png").write_bytes(png(image))
     else:
-        picture.save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="is no such picture"):
+        image.save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="is no such image"):
         settings_in(tmp_path / "a.png")
-    (tmp_path / "a.png").write_text("no picture")
-    with pytest.raises(ValueError, match="is no such picture"):
+    (tmp_path / "a.png").write_text("no image")
+    with pytest.raises(ValueError, match="is no such image"):
         settings_in(tmp_path / "a.png")
 
 

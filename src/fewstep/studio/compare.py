@@ -11,13 +11,12 @@ import gradio as gr
 from ..atomic import write_text
 from ..names import made_name
 from ..reading import json_of, reading, text_in
-from ..student.folder import read_card
 from ..study.answers import read_ballots
 from ..study.count import Count, count, percent
 from ..study.key import KEY, read_key
 from . import words
 from .commands import stream
-from .folders import find_students, shown_name
+from .folders import cards_in, shown_name
 from .place import Place
 
 COMPARISONS, STUDIES = "comparisons", "studies"  # folders under the studio's
@@ -39,11 +38,7 @@ ANSWERS = """(chosen) => {
 def candidates(folder: Path) -> list[tuple[str, str]]:
     """Return (name, `FOLDER@STEPS`) of every student and step count under a folder."""
     found = []
-    for place in find_students(folder):
-        try:
-            card = read_card(place)
-        except ValueError:
-            continue
+    for place, card in cards_in(folder):
         found += [(f"{shown_name(place, folder)}, {k} steps", f"{place}@{k}") for k in card.steps]
     return found
 

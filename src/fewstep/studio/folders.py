@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from ..names import visible
 from ..reading import object_in, reading, text_in
 from ..report.words import duration
+from ..student.card import StudentCard
 from ..student.folder import card_time, holds_student, read_card
 from ..training.lock import LOCK, Holder, holder_in, lives
 
@@ -273,14 +275,20 @@ def find_students(folder: Path) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+def cards_in(folder: Path) -> Iterator[tuple[Path, StudentCard]]:
+    """Yield (place, card) of every student under a folder.
+
+    Students whose card cannot be read are passed over.
+    """
+    for place in find_students(folder):
+        with suppress(ValueError):
+            yield place, read_card(place)
+
+
 def student_names(folder: Path) -> list[tuple[str, str]]:
     """Return (name, folder) of every student under a folder."""
     found = []
-    for place in find_students(folder):
-        try:
-            card = read_card(place)
-        except ValueError:
-            continue
+    for place, card in cards_in(folder):
         steps = ", ".join(map(str, card.steps))
         found.append((f"{shown_name(place, folder)} ({card.method}, {steps} steps)", str(place)))
     return found

@@ -36,7 +36,7 @@ from .folders import (
     state_of,
     summary,
 )
-from .pictures import grid_of, previews, prompts_of, strips, student_rows, wipe
+from .images import grid_of, previews, prompts_of, strips, student_rows, wipe
 from .place import PLOTS, Place
 from .queue import Job
 

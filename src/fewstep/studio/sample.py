@@ -35,7 +35,7 @@ from ..student.student import Student
 from ..training.loop import default_device
 from . import words
 from .folders import BEST, FINAL, record_of, student_names
-from .pictures import Settings, enlarged, settings_in, with_settings
+from .images import Settings, enlarged, settings_in, with_settings
 from .place import NETWORK, Place
 
 OWN = "the student's own"
@@ -104,7 +104,7 @@ def prompt_for(backbone: Backbone, prompt: str) -> str:
     if not prompt.strip():
         if isinstance(backbone, PixelModel):
             raise ValueError(f"prompt: got none, this model draws {', '.join(backbone.labels)}; name one")
-        raise ValueError("prompt: got none; describe the picture")
+        raise ValueError("prompt: got none; describe the image")
     return prompt.strip()
 
 
@@ -238,7 +238,7 @@ def build(place: Place, tab: gr.Tab) -> None:
                 grid = gr.Button("Steps grid", elem_id="steps-grid", min_width=120)
                 free = gr.Button("Free its memory", elem_id="free", min_width=120)
             dropped = gr.File(
-                label="Drop a picture of the studio to take its settings", file_types=[".png"], type="filepath",
+                label="Drop an image of the studio to take its settings", file_types=[".png"], type="filepath",
                 height=110, elem_id="dropped",
             )  # fmt: skip
         with gr.Column(scale=2, min_width=300):
@@ -310,9 +310,9 @@ def build(place: Place, tab: gr.Tab) -> None:
 
     def finished(drawn: list[Drawn], asked: Settings, card: StudentCard, base_note: str) -> list[Any]:
         own, known = drawn[-1].images, asked.steps in card.steps
-        picture = to_pil(own[0]) if asked.count == 1 else _sheet(drawn, asked)
+        image = to_pil(own[0]) if asked.count == 1 else _sheet(drawn, asked)
         name = f"fewstep-{asked.seed}-{asked.steps}steps.png"
-        file = write_bytes(place.downloads / name, with_settings(picture, asked))
+        file = write_bytes(place.downloads / name, with_settings(image, asked))
         told = "" if known else words.note(
             f"It was trained for {', '.join(map(str, card.steps))} steps, not for {asked.steps}.", "warn"
         )  # fmt: skip
@@ -357,7 +357,7 @@ def build(place: Place, tab: gr.Tab) -> None:
         return words.note("Nothing is loaded any more; the next sample loads it again.")
 
     def take(path: str | None) -> list[Any]:
-        """Set the fields as a picture tells."""
+        """Set the fields as an image tells."""
         if path is None:
             return [gr.skip()] * 10
         try:
@@ -367,7 +367,7 @@ def build(place: Place, tab: gr.Tab) -> None:
         except (ValueError, OSError) as error:
             return [words.note(error, "bad"), *[gr.skip()] * 9]
         lacking = f"Its student {told.student} is not here; the other settings are taken."
-        note = words.note("The settings are those of the picture.") if there else words.note(lacking, "warn")
+        note = words.note("The settings are those of the image.") if there else words.note(lacking, "warn")
         scale = gr.skip() if told.guidance is None else f"{told.guidance:g}"
         own = gr.update(choices=student_names(place.folder), value=told.student) if there else gr.skip()
         fields_ = [own, told.prompt, told.seed, told.count, told.steps, told.solver or OWN, scale]

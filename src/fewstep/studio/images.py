@@ -1,4 +1,4 @@
-"""Pictures that hold their settings, and previews taken apart."""
+"""Images that hold their settings, and previews taken apart."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from ..report.grids import Grid, read_grid
 from ..report.images import png
 from ..report.page import data_url
 from ..typed import typed
-from .words import image, note, strip
+from . import words
 
 KEY = "fewstep.sample"
 STEP = "step_*.png"
@@ -22,7 +22,7 @@ PIXELS = 160  # smaller images are enlarged pixel by pixel
 
 @dataclass(frozen=True)
 class Settings:
-    """How a picture was sampled.
+    """How an image was sampled.
 
     `guidance` is None where it is baked in; `solver` is empty for the student's own.
     """
@@ -37,19 +37,19 @@ class Settings:
     version: str
 
 
-def with_settings(picture: Image.Image, settings: Settings) -> bytes:
-    """Return a picture as PNG that holds its settings."""
-    own = picture.copy()
+def with_settings(image: Image.Image, settings: Settings) -> bytes:
+    """Return an image as PNG that holds its settings."""
+    own = image.copy()
     own.info[KEY] = json.dumps(asdict(settings))
     return png(own)
 
 
 def settings_in(path: Path) -> Settings:
-    """Read the settings of a picture that the studio has made.
+    """Read the settings of an image that the studio has made.
 
-    Raises ValueError for any other picture.
+    Raises ValueError for any other image.
     """
-    with reading(path.name, "drop a PNG that the studio has made", "is no such picture"):
+    with reading(path.name, "drop a PNG that the studio has made", "is no such image"):
         with opened(path.read_bytes(), path.name, "image") as found:
             found.load()
             told = found.info.get(KEY)
@@ -83,10 +83,11 @@ def strips(grid: Grid) -> str:
     A row for each model, an image for each prompt.
     """
     pixels = max(grid.width, grid.height) <= PIXELS
-    return "".join(
-        strip(label, [image(data_url(tile), prompt, pixels) for tile, prompt in zip(row, grid.prompts, strict=True)])
-        for label, row in zip(grid.labels, grid.tiles, strict=True)
-    ) or note("The preview holds no images.")
+    rows = []
+    for label, row in zip(grid.labels, grid.tiles, strict=True):
+        shown = [words.image(data_url(tile), prompt, pixels) for tile, prompt in zip(row, grid.prompts, strict=True)]
+        rows.append(words.strip(label, shown))
+    return "".join(rows) or words.note("The preview holds no images.")
 
 
 def wipe(grid: Grid, prompt: int, row: str) -> tuple[Image.Image, Image.Image] | None:
@@ -112,10 +113,10 @@ def student_rows(grid: Grid) -> list[str]:
     return [label for label in grid.labels[1:] if not label.startswith("teacher")]
 
 
-def enlarged(picture: Image.Image, least: int = 384) -> Image.Image:
-    """Return a small picture enlarged by a whole factor, pixel by pixel."""
-    factor = max(1, least // max(picture.size))
-    return picture.convert("RGB").resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+def enlarged(image: Image.Image, least: int = 384) -> Image.Image:
+    """Return a small image enlarged by a whole factor, pixel by pixel."""
+    factor = max(1, least // max(image.size))
+    return image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 def prompts_of(grid: Grid) -> Sequence[tuple[str, int]]:
