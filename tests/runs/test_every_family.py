@@ -46,7 +46,7 @@ def test_a_method_trains_resumes_and_writes(family: str, name: str, folders: Any
         settings["condition"] = False  # two networks have no layer that both are told a step count by
     method = fewstep.method(name, **settings)
     roles = fewstep.RolesConfig(rank=2)
-    more: dict[str, Any] = {"images": "teacher"} if method.needs.images else {}
+    more: dict[str, Any] = {"images": fewstep.ImageSource("teacher", count=8, steps=2)} if method.needs.images else {}
     if method.needs.trajectories:
         more |= {"trajectories": TrajectoryConfig(count=4, steps=2, solver="ddim")}
 
