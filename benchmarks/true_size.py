@@ -124,8 +124,8 @@ def watched(command: Sequence[str], log: Path, kill_at: Path | None = None) -> t
 
 def planned(recipe: DistillRecipe) -> int:
     """Return the bytes that a training on a CPU is planned to take."""
-    teacher, (plan,) = plans_of(recipe)
-    encoders = sum(module_bytes(e) for e in teacher.encoders)
+    (plan,) = plans_of(recipe)
+    encoders = sum(module_bytes(e) for e in plan.hollow.teacher.encoders)
     return encoders + max(phase.bytes for phase in plan.phases if phase not in plan.around.encoders)
 
 
