@@ -26,8 +26,8 @@ CASES: dict[str, tuple[Any, Callable[[Tensor], tuple[Any, ...]], dict[str, Any]]
     "none": (
         ATEN.convolution_backward.default,
         lambda x: (
-            (x[None, None], x[None, None], x[None, None, :1, :1], None, [1, 1], [0, 0], [1, 1], False)
-            + ([0, 0], 1, [True, False, False])
+            *(x[None, None], x[None, None], x[None, None, :1, :1], None),
+            *([1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, False, False]),
         ),
         {},
     ),

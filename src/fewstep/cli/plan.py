@@ -188,9 +188,9 @@ def run_plan(
 
 
 def plans_of(recipe: DistillRecipe, cards: int = 1) -> list[Plan]:
-    """Return the plan of each stage of a recipe, on each of `cards`.
+    """Return the plan of each stage of a recipe.
 
-    Raises ValueError for networks that cannot be called as their configuration says.
+    The plan is of each of `cards`. Raises ValueError for networks that cannot be called as their configuration says.
     """
     teacher = meta_of(recipe)
     stages = [recipe] if recipe.warm_start is None else [first_stage(recipe), recipe]

@@ -81,9 +81,9 @@ class Operations:
 
 
 def form_of(func: Callable[..., Any]) -> str:
-    """Return whether an operator makes new tensors, views or changes its first input.
+    """Return what an operator gives.
 
-    Empty for all others.
+    `new` tensors, a `view` of its first input, or its first input changed `in place`; empty for all others.
     """
     if not isinstance(func, torch._ops.OpOverload) or func.namespace != "aten" or any(t in UNKNOWN for t in func.tags):
         return ""
@@ -109,13 +109,19 @@ def fake(values: Sequence[Any]) -> FakeTensor | None:
 
 
 def key_of(mode: FakeTensorMode, func: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> object:
-    """Return what decides an operation's outputs; None if that is not known."""
+    """Return what decides an operation's outputs.
+
+    None if that is not known.
+    """
     key = (id(mode), func, *parts_of(mode, args), *kwargs, *parts_of(mode, tuple(kwargs.values())))
     return None if None in key else key
 
 
 def parts_of(mode: FakeTensorMode, values: Sequence[Any]) -> Iterator[object]:
-    """Yield what decides about each value; None where that is not known."""
+    """Yield what decides about each value.
+
+    None where that is not known.
+    """
     for v in values:
         if isinstance(v, FakeTensor):
             yield (v.shape, v.stride(), v.dtype, v.storage_offset()) if v.fake_mode is mode else None
@@ -129,7 +135,10 @@ def parts_of(mode: FakeTensorMode, values: Sequence[Any]) -> Iterator[object]:
 
 
 def way_of(form: str, out: Any, first: object) -> Way | None:
-    """Return how outputs came from the first input; None if that cannot be told."""
+    """Return how outputs came from the first input.
+
+    None if that cannot be told.
+    """
     if form == "in place":
         return Way() if out is first else None
     listed = [out] if isinstance(out, Tensor) else out
