@@ -51,7 +51,7 @@ def test_the_second_is_like_the_first(name: str) -> None:
             isinstance(t, Tensor) and t.untyped_storage()._cdata == given.untyped_storage()._cdata for t in leaves
         ]
         assert all(isinstance(t, Tensor | None) for t in leaves) and all(shared) == ("view" in name or out is given)
-        kinds = [t if t is None else (t.stride(), t.dtype, t.storage_offset()) for t in leaves]
+        kinds: list[object] = [t if t is None else (t.stride(), t.dtype, t.storage_offset()) for t in leaves]
         kinds += [None if t is None else (t.shape, t.untyped_storage().nbytes()) for t in leaves]
         kinds += [type(t) for t in (out, *leaves)]
         found.append(kinds)
