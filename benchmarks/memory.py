@@ -128,7 +128,7 @@ def card_rows(name: str, cards: list[tuple[str, int]]) -> Iterator[Facts]:
             key = " ".join([*sets, str(count)])
             if key not in plans:
                 told = read_recipe(recipe, [*sized, *sets], DistillRecipe, {"teacher": teacher})
-                (plans[key],) = plans_of(told, count)
+                plans[key] = max(plans_of(told, count), key=lambda made: made.least)
             return plans[key]
 
         for memory, count in cards:

@@ -5,7 +5,7 @@
     python benchmarks/true_size.py sd15 --tiny --to /tmp/true    # rehearses it on a tiny pipeline
 
 Networks have their true size and random weights; T5-XXL has one of its 24 layers, at true width. The family's own LoRA
-recipe runs with batch 1 for three iterations by `fewstep distill`, without warm-up and previews. Weights and
+recipe runs with batch 1 for three iterations by `fewstep distill`, without warm-up, warm start and previews. Weights and
 calculations are in float32 where the recipe says bfloat16: CPUs without units for it take 25 to 40 times as long. It
 is killed (SIGKILL) once its first checkpoint is there, and the same command resumes. The student is exported in every
 format, loaded again and drawn once. `peak` is the largest resident memory of a training process above that of its
@@ -73,7 +73,7 @@ def network(kind: Any, config: Any) -> Any:
     return kind.from_config(dict(config))
 
 
-def settings(run: Path, size: int | None, tiny: bool) -> list[str]:
+def settings(name: str, size: int | None, tiny: bool) -> list[str]:
     """Return what the recipe is told otherwise."""
     sets = {
         "dtype": "float32",
@@ -88,6 +88,7 @@ def settings(run: Path, size: int | None, tiny: bool) -> list[str]:
         "preview.teacher_steps": 1,
         "preview.prompts": f'["{PROMPTS[0]}"]',
         **({"roles.rank": 4} if tiny else {}),
+        **({"warm_start": "null"} if read_recipe(name, [], DistillRecipe).warm_start is not None else {}),
         **({} if size is None or tiny else {"size": size}),
     }
     return [f"{key}={value}" for key, value in sets.items()]
@@ -140,7 +141,7 @@ def row(family: str, size: int | None, tiny: bool, work: Path) -> Facts:
     teacher, run, log = built(family, work, tiny), work / "run", work / "log.txt"
     prompts = work / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS) + "\n")
-    name, sets = f"{family}-tdm4-lora", settings(run, size, tiny)
+    name, sets = f"{family}-tdm4-lora", settings(f"{family}-tdm4-lora", size, tiny)
     fewstep = [sys.executable, "-m", "fewstep"]
     command = [*fewstep, "distill", name, "--teacher", str(teacher), "--prompts", str(prompts), "--out", str(run)]
     command += [part for s in sets for part in ("--set", s)]
