@@ -4,13 +4,14 @@
     python benchmarks/true_size.py pixart --size 512     # adds this family
     python benchmarks/true_size.py sd15 --tiny --to /tmp/true    # rehearses it on a tiny pipeline
 
-Networks have their true size and random weights; T5-XXL has one of its 24 layers, at true width. The family's own LoRA
-recipe runs with batch 1 for three iterations by `fewstep distill`, without warm-up, warm start and previews. Weights and
-calculations are in float32 where the recipe says bfloat16: CPUs without units for it take 25 to 40 times as long. It
-is killed (SIGKILL) once its first checkpoint is there, and the same command resumes. The student is exported in every
-format, loaded again and drawn once. `peak` is the largest resident memory of a training process above that of its
-imports. `planned` is the training as `fewstep plan` counts it, with the encoders and the autoencoder, which stay in a
-CPU's memory; the largest phase counts. Sizes are those of files. Bar: the peak within 10 % of the plan.
+Networks have their true size and random weights; T5-XXL has one of its 24 layers, at true width. The family's own
+LoRA recipe runs with batch 1 for three iterations by `fewstep distill`, without warm-up, warm start and previews.
+Weights and calculations are in float32 where the recipe says bfloat16: CPUs without units for it take 25 to 40 times
+as long. It is killed (SIGKILL) once its first checkpoint is there, and the same command resumes. The student is
+exported in every format, loaded again and drawn once. `peak` is the largest resident memory of a training process
+above that of its imports. `planned` is the training as `fewstep plan` counts it, with the encoders and the
+autoencoder, which stay in a CPU's memory; the largest phase counts. Sizes are those of files. Bar: the peak within 10
+% of the plan.
 """
 
 import argparse
