@@ -7,6 +7,7 @@ codes and scales of the weights are stored.
 """
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any, Literal, TypeGuard, get_args
 
 import torch
@@ -68,6 +69,13 @@ class QuantizedWeight(nn.Module):
     def forward(self) -> Tensor:
         blocks = self.codes if self.pairs is None else F.embedding(self.codes.int(), self.pairs).flatten(1)
         return (blocks * self.scale).view(self.shape)
+
+    def like(self, weight: FakeTensor) -> "QuantizedWeight":
+        """Return the same of another fake (meta) weight of this shape."""
+        made = copy(self)
+        made._buffers = {name: t if t is None else torch.empty_like(t) for name, t in self._buffers.items()}
+        made.hollow = weight.detach()
+        return made
 
     def inspected(self) -> Tensor:
         """Return the decoded weight; a fake (meta) one as it was."""
@@ -169,8 +177,15 @@ def quantize(backbone: Backbone, kind: Kind | None) -> None:
         raise ValueError(
             f"roles.quantize: got {kind}, this network has no layer of more than {NARROW} channels; set it to null"
         )
+    hollow = dict[object, QuantizedWeight]()
     for layer in layers:
-        packed = QuantizedWeight(layer.weight, kind)
+        weight = layer.weight
+        if isinstance(weight, FakeTensor):
+            if (shape := (weight.shape, weight.dtype)) not in hollow:
+                hollow[shape] = QuantizedWeight(weight, kind)
+            packed = hollow[shape].like(weight)
+        else:
+            packed = QuantizedWeight(weight, kind)
         del layer.weight
         layer.packed = packed
         # Change the layer's class in place, as torch's own parametrisations do: hooks and settings stay.

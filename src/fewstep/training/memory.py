@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..backbones.base import Backbone
+from ..backbones.kinds import Operations
 from ..backbones.parts import blocks_of
 from ..data.images import ImageData
 from ..data.prompts import Embeddings
 from ..data.trajectories import Trajectories
 from ..methods.method import Method
 from ..roles.roles import Roles
-from .kinds import Operations
 from .ledger import MemoryTracker, module_bytes, storage_bytes
 from .loop import TrainConfig, distill
 from .once import Calls, Costs
