@@ -37,7 +37,10 @@ OTHERS = {
 
 
 def unsupported(name: str) -> str:
-    """Return what is said of a pipeline's class that is no family: what there is, and what to do."""
+    """Return what is said of a pipeline that is not supported.
+
+    What there is instead, and what to do. `name` is the pipeline's class.
+    """
     if name in OTHERS:
         return f"{name}, which is not supported: {OTHERS[name]}"
     return f"{name}, supported are {', '.join(FAMILIES)}; wrap your own network in fewstep.Denoiser"

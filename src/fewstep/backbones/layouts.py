@@ -36,5 +36,8 @@ class Layout:
 
 
 def shift_first(network: nn.Module) -> frozenset[str]:
-    """Return the layers of scale and shift that the original programs have as shift and scale."""
+    """Return the layers whose halves original programs have the other way.
+
+    Layers of scale and shift here, of shift and scale there.
+    """
     return frozenset(f"{n}.linear" for n, m in network.named_modules() if isinstance(m, AdaLayerNormContinuous))

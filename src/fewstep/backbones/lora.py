@@ -88,9 +88,9 @@ class Target(NamedTuple):
 
 
 class Place(NamedTuple):
-    """What a name in a file means: the layers whose rows it has, in turn.
+    """Where a name in a file belongs.
 
-    Of a `swapped` layer, the file has the second half of the rows first.
+    It has the rows of these layers, in turn. Of a `swapped` layer, the file has the second half of the rows first.
     """
 
     targets: tuple[Target, ...]
@@ -211,7 +211,10 @@ def targets_of(pipe: DiffusionPipeline, facts: Facts, denoiser: str) -> Iterator
 
 
 def _portions(layer: str, factors: Factors, place: Place) -> Iterator[tuple[Target, Factors]]:
-    """Yield each layer of a place with its rows of the factors. Raises LoraError where there are more or fewer rows."""
+    """Yield each layer of a place with its rows of the factors.
+
+    Raises LoraError where there are more or fewer rows.
+    """
     up, counts = factors.up, [len(t.layer.weight) for t in place.targets]
     if up is None or (len(counts) == 1 and not place.swapped):
         yield place.targets[0], factors

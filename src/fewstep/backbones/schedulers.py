@@ -159,12 +159,15 @@ def student_scheduler(
 
 
 def is_flow(config: Mapping[str, Any]) -> bool:
-    """Return whether a scheduler's settings have neither a table of betas nor EDM's noise levels."""
+    """Return whether a scheduler's settings are those of flow.
+
+    With neither a table of betas nor EDM's noise levels.
+    """
     return "beta_schedule" not in config and "sigma_data" not in config
 
 
 def visits_alone(config: Mapping[str, Any], solver: str, even: bool) -> bool:
-    """Return whether a stock pipeline visits a student's times if it is told their number alone.
+    """Return whether a pipeline told a step count visits a student's times.
 
     Euler's scheduler of flow, which a stochastic student of flow has, visits others by itself: its pipeline has to
     tell it K even sigmas. `config` is that of the backbone, and `even` says that the times are.
@@ -178,7 +181,10 @@ def _lcm(table: Mapping[str, Any]) -> SchedulerMixin:
 
 
 def _betas(alphas: torch.Tensor) -> list[float]:
-    """Return the betas of a table of `alphas_cumprod`, the last of which may be 0."""
+    """Return the betas of a table of `alphas_cumprod`.
+
+    The last of the table may be 0.
+    """
     exact = alphas.double()
     betas: list[float] = (1 - exact / torch.cat([exact.new_ones(1), exact[:-1]])).tolist()
     return betas

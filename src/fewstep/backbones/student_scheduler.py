@@ -215,7 +215,7 @@ class StudentScheduler(DDIMScheduler):
 
 
 class SeededFlowScheduler(FlowMatchEulerDiscreteScheduler):
-    """Euler's scheduler of flow with fresh noise, of which a call's generators are the source.
+    """Flow's stochastic scheduler with noise from a call's generators.
 
     The stock scheduler takes its noise from torch's own generator: pipelines hand it no other. Its step is taken with
     known noise, in whose place this noise is put. Make one with `of`.
@@ -226,7 +226,10 @@ class SeededFlowScheduler(FlowMatchEulerDiscreteScheduler):
 
     @staticmethod
     def of(config: Mapping[str, Any], generator: Generators, patch: int) -> "SeededFlowScheduler":
-        """Return the scheduler of a `config`, for a pipeline that hands over tokens of `patch`."""
+        """Return a scheduler of this `config`.
+
+        The pipeline hands over tokens of `patch`, or states for 0.
+        """
         scheduler = SeededFlowScheduler.from_config(dict(config))
         scheduler.generator, scheduler.patch = generator, patch
         return scheduler
