@@ -14,12 +14,13 @@ from diffusers.schedulers import scheduling_flow_match_euler_discrete as stock_e
 from torch import Tensor
 
 import fewstep
-from fewstep.backbones.families import family_of_pipeline
+from fewstep.backbones.families import FAMILIES, family_of_pipeline
 from fewstep.backbones.few_step import drawn, told_times
 from fewstep.backbones.generate import noise_of
 from fewstep.backbones.load import pipeline_of
-from fewstep.backbones.schedulers import load_scheduler, visits_alone
+from fewstep.backbones.schedulers import TOLD_SIGMAS, load_scheduler, student_scheduler, visits_alone
 from fewstep.cli.export import run_export
+from fewstep.core import timegrid
 from fewstep.core.schedule import Flow
 
 from .. import pipelines
@@ -27,7 +28,7 @@ from .. import pipelines
 PROMPTS, SEEDS, STEPS = ["red cat", "a photo of a green house"], [0, 1], 4
 OWN = ("sd", "sdxl", "pixart", "pixart-sigma")  # whose students have had LCM's scheduler, and tests of their own
 FAST = ("sd3", "cogvideox")
-FAMILIES = [f for f in (*pipelines.FAMILIES, *pipelines.VARIANTS) if f not in OWN]
+CASES = [f for f in (*pipelines.FAMILIES, *pipelines.VARIANTS) if f not in OWN]
 
 
 def student_of(folder: Path, final: Path) -> Tensor:
@@ -43,7 +44,7 @@ def student_of(folder: Path, final: Path) -> Tensor:
     return images
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f in FAST else pytest.mark.slow) for f in FAMILIES])
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f in FAST else pytest.mark.slow) for f in CASES])
 def test_fresh_noise_is_the_same_everywhere(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, final = pipelines.save(family, tmp_path / family), tmp_path / "final"
     own = student_of(folder, final)
@@ -79,3 +80,16 @@ def test_fresh_noise_is_the_same_everywhere(family: str, tmp_path: Path, monkeyp
         options |= {"height": teacher.image_size, "width": teacher.image_size}
     found = pipe(prompt=PROMPTS, num_inference_steps=STEPS, generator=generators, output_type="pt", **options)
     torch.testing.assert_close(found.frames if known.video else found.images, own, rtol=0, atol=1e-4)
+
+
+def test_a_scheduler_of_flow_visits_the_times_that_it_is_told() -> None:
+    """Also uneven ones; by itself it visits a student's times only if its pipeline tells it K even sigmas."""
+    for shift in (1.0, 3.0):
+        config = {"num_train_timesteps": 1000, "shift": shift}
+        scheduler: Any = student_scheduler(config, [STEPS], "renoise", even=False)
+        times = timegrid.uniform(Flow(shift=shift), STEPS, 2.0)[:-1]
+        scheduler.set_timesteps(**told_times(FAMILIES["FluxPipeline"], shift, times.tolist()))
+        torch.testing.assert_close(scheduler.timesteps.double() / 1000, times, rtol=0, atol=1e-6)
+        assert not visits_alone(config, "renoise", even=True) and visits_alone(config, "ddim", even=True)
+        assert visits_alone({**config, TOLD_SIGMAS: True}, "renoise", even=True)
+        assert not visits_alone({**config, TOLD_SIGMAS: True}, "renoise", even=False)

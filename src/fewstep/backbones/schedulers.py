@@ -255,7 +255,7 @@ def _flow() -> type[SchedulerMixin]:
 def _only_ddim(rule: Solver) -> None:
     if rule.name != "ddim":
         raise ValueError(
-            f"method.solver: got {rule.name}, students of this family are exported for ddim alone; choose that"
+            f"method.solver: got {rule.name}, students of this family are exported for ddim or renoise; choose one"
         )
 
 
