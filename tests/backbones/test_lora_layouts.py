@@ -38,7 +38,7 @@ ZIMAGE = tuple(f"layers.1.attention.{n}" for n in ("to_q", "to_k", "to_v"))
 WAN = "blocks.1.attn2.to_out.0"
 UNET = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 # Family, name in the file without its ending, and diffusers' layers whose rows it has, in turn.
-TABLE = [
+TABLE: list[tuple[str, str, tuple[str, ...]]] = [
     ("sd", f"unet.{UNET}", (UNET,)),
     ("sd", "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q", (UNET,)),
     ("sd", "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q", (UNET,)),

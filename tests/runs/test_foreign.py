@@ -233,7 +233,8 @@ TOGETHER = {  # layers of FLUX.1's original code, and diffusers' layers that are
 
 def test_a_layer_of_the_original_program_is_several_here(tmp_path: Path) -> None:
     """FLUX.1 as kohya's scripts write it, rank 2 in the file and 3 here: each layer has its own rows, with alpha."""
-    teacher, rng = pipelines.backbone("flux"), torch.Generator().manual_seed(1)
+    teacher: Any = pipelines.backbone("flux")
+    rng = torch.Generator().manual_seed(1)
     layers, file, wanted = dict(teacher.module.named_modules()), dict[str, Tensor](), dict[str, Tensor]()
     for stem, names in TOGETHER.items():
         counts = [len(layers[n].weight) for n in names]

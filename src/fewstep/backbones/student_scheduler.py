@@ -46,11 +46,11 @@ def noise_like(x: Tensor, patch: int, generator: Generators) -> Tensor:
     x [B, C, h, w] with `patch` 0. Tokens [B, N, patch^2 C] are packed noise: of a square state where N is a square.
     """
     if not patch:
-        return randn_tensor(x.shape, generator=generator, device=x.device)  # type: ignore[arg-type]
+        return randn_tensor(x.shape, generator=generator, device=x.device)
     count, width = x.shape[1:]
     rows = math.isqrt(count) if math.isqrt(count) ** 2 == count else 1
     shape = (len(x), width // patch**2, rows * patch, count // rows * patch)
-    return pack(randn_tensor(shape, generator=generator, device=x.device), patch)  # type: ignore[arg-type]
+    return pack(randn_tensor(shape, generator=generator, device=x.device), patch)
 
 
 def pipeline_nfe(schedule: Schedule, analytic: bool, steps: int) -> int:
