@@ -32,7 +32,7 @@ FAMILIES: dict[str, Family] = {
 # Pipelines next to a family that somebody may take for it, and why they are none.
 OTHERS = {
     "QwenImage21Pipeline": "Qwen-Image-2.1 is another network than Qwen-Image: text and image are one sequence in it, "
-    "and guidance is distilled into it already; pass Qwen/Qwen-Image or Qwen/Qwen-Image-2512",
+    "and its owners sample it without guidance; pass Qwen/Qwen-Image or Qwen/Qwen-Image-2512",
 }
 
 
