@@ -5,9 +5,9 @@
 
 The teacher draws ten kinds of clothing (Fashion-MNIST in half of its size, 14x14), of which none determines an image,
 with a perceptron of 0.9 million weights, so that seconds of a core hold a training. Methods train all weights, from
-real images where they need images, for equal CPU seconds on one core: iterations follow from a method's pace, measured
-over a dozen iterations; on a busy machine a pace is too slow, and `CPU s` says what a training took. Each method has
-the best of its learning rates, the fake score's being ten times the student's. FD is the Frechet distance of 2,000
+real images where they need images, for equal CPU seconds on one core: iterations follow from a method's pace. Paces are
+medians of iterations for which all trainings take turns, so that a busy machine slows all of them alike; `CPU s` says
+what a training took. Each method has the best of its learning rates, the fake score's being ten times the student's. FD is the Frechet distance of 2,000
 images to the 10,000 test images in 64 features of a classifier that is trained here, in a unit in which real images
 have a variance of 100. Accuracy is the classifier's, in percent; precision and recall are those of third neighbours;
 diversity is the mean distance of images of a class, relative to that of real ones. Students take no guidance.
@@ -62,9 +62,10 @@ from records import (
 )
 
 SEEDS, COUNTS, GUIDANCE, BATCH = (0, 1, 2), (4, 2, 1), 1.5, 32
-STAGES = ("teacher", "tune", "seeds", "other-rates", "settings", "counts")
+STAGES = ("teacher", "tune", "seeds", "settings", "counts", "low-rates")
+RATES = {"tune": (1, 2), "low-rates": (0,)}  # which of a method's rates
 Settings = dict[str, Any]
-MATCHING, IMITATION = (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3)
+MATCHING, HIGHER = (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3)  # a search goes on while the highest rate is the best
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,10 @@ RACERS: dict[str, Racer] = {
     "tdm": Racer("TDM", {"name": "tdm"}),
     "tdm-unify": Racer("TDM-unify", {"name": "tdm-unify", "steps": list(COUNTS)}),
     "tdm-fisher": Racer("TDM, Fisher divergence", {"name": "tdm-fisher"}),
-    "dmd2-5": Racer("DMD2, 5 fake updates", {"name": "dmd2", "fake": {"updates": 5}}),
-    "dmd2-1": Racer("DMD2, 1 fake update", {"name": "dmd2", "fake": {"updates": 1}}),
-    "lcm": Racer("LCM", {"name": "lcm"}, IMITATION, images="real"),
-    "progressive": Racer("progressive distillation", {"name": "progressive"}, IMITATION, images="real"),
+    "dmd2-5": Racer("DMD2, 5 fake updates", {"name": "dmd2", "fake": {"updates": 5}}, HIGHER),
+    "dmd2-1": Racer("DMD2, 1 fake update", {"name": "dmd2", "fake": {"updates": 1}}, HIGHER),
+    "lcm": Racer("LCM", {"name": "lcm"}, HIGHER, images="real"),
+    "progressive": Racer("progressive distillation", {"name": "progressive"}, HIGHER, images="real"),
     "sid": Racer("SiD", {"name": "sid"}),
     "diff-instruct": Racer("Diff-Instruct", {"name": "diff-instruct"}),
 }
@@ -108,6 +109,13 @@ OTHERS: dict[str, Racer] = {  # settings of rivals, the likeliest first
     "train-renoise": tdm("re-noising", solver="renoise"),
 }
 WARMUP = 40  # updates of the fake score before the student moves
+SKIPPED, COUNTED = 3, 12  # iterations of a pace
+YARDSTICK = ("tdm", 4)
+
+
+def everyone() -> dict[str, Racer]:
+    """Return all racers by key."""
+    return RACERS | OTHERS
 
 
 @dataclass(frozen=True)
@@ -131,12 +139,12 @@ class Arena:
     a: argparse.Namespace
 
 
-def method_of(racer: Racer, count: int) -> Method:
-    """Return a racer's method for a step count."""
+def method_of(racer: Racer, count: int, warmup: int = WARMUP) -> Method:
+    """Return a racer's method for a step count, with so many updates of the fake score at the start."""
     own: Settings = {"steps": count} | racer.method | {"guidance": Guidance(scale=GUIDANCE)}
     if own["name"] not in ("lcm", "progressive"):
         updates = own.get("fake", {}).get("updates", 10 if own["name"] == "dmd2" else 1)
-        own = {"warmup": max(1, WARMUP // updates)} | own
+        own = {"warmup": max(1, warmup // updates)} | own
     return preset(**own)
 
 
@@ -154,23 +162,46 @@ def training(arena: Arena, racer: Racer, method: Method, cell: Cell, iterations:
         yield step.roles
 
 
-def pace(arena: Arena, racer: Racer, method: Method, cell: Cell) -> float:
-    """Return the CPU seconds of an iteration after the warm-up, the median of a dozen."""
-    took, before = [], CLOCK()
-    for _ in training(arena, racer, method, cell, method.warmup + 12):
-        took.append(CLOCK() - before)
-        before = CLOCK()
-    return statistics.median(took[method.warmup :])
+def paces(arena: Arena, wanted: Sequence[tuple[str, int]]) -> dict[str, float]:
+    """Return the CPU seconds of an iteration after the warm-up of (method, step count), by name.
+
+    The trainings take turns, so that other processes slow all of them alike.
+    """
+    going, took = {}, dict[str, list[float]]()
+    for key, count in wanted:
+        racer = everyone()[key]
+        rate = racer.rates[0] if racer.rates else MATCHING[0]
+        going[name_of(key, count)] = training(
+            arena, racer, method_of(racer, count, 1), Cell(key, count, rate, 0), SKIPPED + COUNTED
+        )
+    for _ in range(SKIPPED + COUNTED):
+        for name, steps in going.items():
+            before = CLOCK()
+            next(steps)
+            took.setdefault(name, []).append(CLOCK() - before)
+    return {name: statistics.median(seconds[SKIPPED:]) for name, seconds in took.items()}
+
+
+def name_of(key: str, count: int) -> str:
+    """Return the name of a method in a step count."""
+    return f"{key}-{count}"
+
+
+def paced(arena: Arena, wanted: Sequence[tuple[str, int]], known: dict[str, float]) -> None:
+    """Add the paces that are not known, in the unit of the known ones: TDM's in four steps is in both."""
+    lacking = [one for one in wanted if name_of(*one) not in known]
+    if not lacking:
+        return
+    found, unit = paces(arena, [*{YARDSTICK: None, **dict.fromkeys(lacking)}]), name_of(*YARDSTICK)
+    scale = known.get(unit, found[unit]) / found[unit]
+    known.update({name: seconds * scale for name, seconds in found.items() if name not in known})
 
 
 def race(arena: Arena, cell: Cell, paces: dict[str, float]) -> Facts:
     """Train one student for the budget, and measure it in every step count that it serves."""
-    racer = (RACERS | OTHERS)[cell.key]
+    racer = everyone()[cell.key]
     method = method_of(racer, cell.count)
-    name = f"{cell.key}-{cell.count}"
-    if name not in paces:
-        paces[name] = pace(arena, racer, method, cell)
-    iterations = max(method.warmup + 2, int(arena.a.seconds / paces[name]))
+    iterations = max(method.warmup + 2, int(arena.a.seconds / paces[name_of(cell.key, cell.count)]))
     began = CLOCK()
     *_, roles = training(arena, racer, method, cell, iterations)
     seconds = CLOCK() - began
@@ -261,8 +292,8 @@ def guided_teacher(teacher: Backbone, cond: Cond, null: Cond, scale: float) -> D
 
 def cells(stage: str, rows: Sequence[Facts]) -> Iterator[Cell]:
     """Return the trainings of a stage, the most telling first; later stages need the best rates of `tune`."""
-    if stage in ("tune", "other-rates"):
-        for k in (1,) if stage == "tune" else (2, 0):
+    if stage in RATES:
+        for k in RATES[stage]:
             yield from (Cell(key, first(r), r.rates[k], 0) for key, r in RACERS.items())
     if stage == "seeds":
         yield from (Cell(key, first(r), best_rate(key, rows), s) for s in SEEDS[1:] for key, r in RACERS.items())
@@ -296,7 +327,7 @@ def write(rows: Sequence[Facts], common: Mapping[str, Any], a: argparse.Namespac
     tuned_keys = {r["key"] for r in rows if r["stage"] == "race" and r["key"] in RACERS and r["seed"] == 0}
     best = {key: best_rate(key, rows) for key in RACERS if key in tuned_keys}
     known = {**common, "rate": best | dict.fromkeys(OTHERS, best.get("tdm"))}
-    known["label"] = {key: racer.label for key, racer in (RACERS | OTHERS).items()}
+    known["label"] = {key: racer.label for key, racer in everyone().items()}
     record = new_record("arena", "python benchmarks/arena.py --data FOLDER", rows, SEEDS, known)
     write_record(record, page(record), a.to)
 
@@ -327,7 +358,7 @@ def page(record: Record) -> str:
     seconds = record.common.get("seconds", 0)
     for count in COUNTS:
         lines = []
-        for key, racer in (RACERS | OTHERS).items():
+        for key, racer in everyone().items():
             rates = {r["rate"] for r in raced if r["key"] == key and str(count) in r["measured"]}
             rate = best_of(key, raced, rates)
             own = [r for r in raced if r["key"] == key and r["rate"] == rate and str(count) in r["measured"]]
@@ -347,8 +378,8 @@ def page(record: Record) -> str:
     ]
     if lines:
         table = markdown(["method", "low", "middle", "high"], lines)
-        listed = f"Rates {', '.join(f'{r:g}' for r in MATCHING)}; of LCM and progressive distillation "
-        listed += f"{', '.join(f'{r:g}' for r in IMITATION)}."
+        listed = f"Rates {', '.join(f'{r:g}' for r in MATCHING)}; of DMD2, LCM and progressive "
+        listed += f"distillation {', '.join(f'{r:g}' for r in HIGHER)}."
         parts.append(f"## The search of rates: FD in 4 steps, seed 0\n\n{listed}\n\n{table}")
     return "\n\n".join(parts) + "\n"
 
@@ -406,11 +437,10 @@ def main() -> None:
         raise SystemExit(f"{a.to / 'arena.json'} is of {common['seconds']:g} seconds: give --to another folder")
     if (arena := make(a, ends)) is None:
         return
-    if {"tune", "seeds"} & {*a.only}:  # all in one go, so that other processes slow them alike
-        for key, racer in RACERS.items():
-            method, name = method_of(racer, first(racer)), f"{key}-{first(racer)}"
-            if name not in common["pace"]:
-                common["pace"][name] = pace(arena, racer, method, Cell(key, first(racer), racer.rates[0], 0))
+    if {*a.only} - {"teacher"}:
+        several = [(key, count) for key, r in everyone().items() for count in ((0,) if "steps" in r.method else r.counts)]
+        paced(arena, [one for one in several if one[0] in a.keys], common["pace"])
+        write(rows, common, a)
     for stage in a.only:
         todo = teacher_rows(arena, rows) if stage == "teacher" else raced(arena, stage, rows, common["pace"])
         for row in todo:

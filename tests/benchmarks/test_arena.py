@@ -38,7 +38,7 @@ def test_each_method_is_shown_at_its_best_rate_the_nearest_first(load: Load) -> 
 
 def test_later_stages_take_the_best_rate_and_cannot_go_before_it_is_known(load: Load) -> None:
     arena = load("arena")
-    tuned = [c for stage in ("tune", "other-rates") for c in arena["cells"](stage, [])]
+    tuned = [c for stage in arena["RATES"] for c in arena["cells"](stage, [])]
     assert len({(c.key, c.rate) for c in tuned}) == len(tuned) == 3 * len(arena["RACERS"])
     rows = [row(key, rate, 0, 1.0 + (rate != racer.rates[2]), count=4) for key, racer in arena["RACERS"].items()
             for rate in racer.rates]  # fmt: skip
