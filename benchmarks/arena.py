@@ -44,7 +44,6 @@ from arena_teacher import (
     states_of,
     teacher_of,
 )
-from fewstep.atomic import write_json
 from fewstep.backbones.base import Backbone, Cond, guided
 from fewstep.backbones.load import fingerprint
 from fewstep.core import timegrid
@@ -250,7 +249,7 @@ def race(arena: Arena, stage: str, cell: Cell, paces: dict[str, float]) -> Facts
         if i in marks:
             seconds += CLOCK() - began
             with roles.averaged(), torch.no_grad():
-                curve.append((seconds, measured(arena, method, roles, 4, cell)["fd"]))
+                curve.append((seconds, measured(arena, method, roles, 4, cell, whole=False)["fd"]))
             began = CLOCK()
     seconds += CLOCK() - began
     with roles.averaged(), torch.no_grad():
@@ -271,18 +270,23 @@ def race(arena: Arena, stage: str, cell: Cell, paces: dict[str, float]) -> Facts
     }
 
 
-def measured(arena: Arena, method: Method, roles: Roles, count: int, cell: Cell) -> dict[str, float]:
-    """Measure a student in a step count."""
+def measured(
+    arena: Arena, method: Method, roles: Roles, count: int, cell: Cell, whole: bool = True
+) -> dict[str, float]:
+    """Measure a student in a step count; not `whole`: its distance alone."""
     times = method.times(arena.teacher.schedule, count)
 
     def call(cond: Cond) -> Denoise:
         return student_of(method, roles, cond, count)
 
     title = f"{cell.key}-{count}"
-    return arena_measure(arena, call, times, method.sampler, cell.seed, title if cell.seed == 0 else "")
+    shown_in = title if cell.seed == 0 and whole else ""
+    return arena_measure(arena, call, times, method.sampler, cell.seed, shown_in, whole)
 
 
-def arena_measure(arena: Arena, call: Any, times: Tensor, solver: str, seed: int, title: str = "") -> dict[str, float]:
+def arena_measure(
+    arena: Arena, call: Any, times: Tensor, solver: str, seed: int, title: str = "", whole: bool = True
+) -> dict[str, float]:
     """Measure what a denoiser draws; the first images go to `title`.png."""
 
     def draw(noise: Tensor, labels: Tensor, rng: torch.Generator) -> Tensor:
@@ -294,6 +298,8 @@ def arena_measure(arena: Arena, call: Any, times: Tensor, solver: str, seed: int
         images, labels = drawn(draw, seed)
         if title:
             show(images[:80], arena.a.out / "grids" / f"{title}.png")
+        if not whole:
+            return {"fd": arena.measure.distance(images)}
         prompts = [FASHION[k] for k in labels.tolist()]
         scores = {name: float(reward(images, prompts).mean()) for name, reward in arena.rewards.items()}
         return arena.measure(images, labels) | scores
@@ -342,20 +348,18 @@ def guided_teacher(teacher: Backbone, cond: Cond, null: Cond, scale: float) -> D
     return guided(teacher, teacher.module, cond, null, Guidance(scale=scale))
 
 
-def cells(stage: str, rows: Sequence[Facts]) -> Iterator[Cell]:
-    """Return the trainings of a stage, the most telling first; all but the search need the best rates."""
-    if stage == "search":
-        yield from (Cell(key, first(r), r.rates[k], 0) for k in (1, 2, 0) for key, r in RACERS.items())
-        return
-    for seed in SEEDS:
-        if stage == "race":
-            yield from (Cell(key, first(r), best_rate(key, rows), seed) for key, r in RACERS.items())
-        if stage == "counts":
-            several = [(key, k) for k in (1, 2) for key, r in RACERS.items() if "steps" not in r.method]
-            yield from (Cell(key, k, best_rate(key, rows), seed) for key, k in several)
-        if stage in ("rewards", "settings"):
-            own = REWARDED if stage == "rewards" else OTHERS
-            yield from (Cell(key, 4, best_rate("tdm", rows), seed) for key in own)
+def cells(stage: str, rows: Sequence[Facts], seed: int) -> Iterator[Cell]:
+    """Return a stage's trainings of a seed, the most telling first; all but the search need the best rates."""
+    if stage == "search" and seed == 0:
+        yield from (Cell(key, first(r), r.rates[k], seed) for k in (1, 2, 0) for key, r in RACERS.items())
+    if stage == "race":
+        yield from (Cell(key, first(r), best_rate(key, rows), seed) for key, r in RACERS.items())
+    if stage == "counts":
+        several = [(key, k) for k in (1, 2) for key, r in RACERS.items() if "steps" not in r.method]
+        yield from (Cell(key, k, best_rate(key, rows), seed) for key, k in several)
+    if stage in ("rewards", "settings"):
+        own = REWARDED if stage == "rewards" else OTHERS
+        yield from (Cell(key, 4, best_rate("tdm", rows), seed) for key in own)
 
 
 def first(racer: Racer) -> int:
@@ -372,14 +376,21 @@ def best_rate(key: str, rows: Sequence[Facts]) -> float:
 
 
 def write(rows: Sequence[Facts], common: Mapping[str, Any], a: argparse.Namespace) -> None:
-    """Write record, page and figures."""
+    """Write record and page."""
     searched = {r["key"] for r in rows if r["stage"] == "search"}
     known = {**common, "rate": {key: best_rate(key, rows) for key in RACERS if key in searched}}
     known["label"] = {key: racer.label for key, racer in everyone().items()}
     record = new_record("arena", "python benchmarks/arena.py --data FOLDER", rows, SEEDS, known)
     write_record(record, page(record), a.to)
-    plot_race(record, a.to / "arena.png")
-    plot_rewards(record, a.to / "arena-rewards.png")
+
+
+def plot(a: argparse.Namespace) -> None:
+    """Draw the figures of a written record."""
+    record = read_record(a.to / "arena.json")
+    if record is not None and any(r["stage"] == "race" for r in record.rows):
+        plot_race(record, a.to / "arena.png")
+    if record is not None and any(r["stage"] == "rewards" for r in record.rows):
+        plot_rewards(record, a.to / "arena-rewards.png")
 
 
 MEASURES = {"fd": 2, "accuracy": 1, "precision": 2, "recall": 2, "diversity": 2}
@@ -457,6 +468,8 @@ def settings_part(record: Record) -> list[str]:
 
 def rewards_part(record: Record) -> list[str]:
     """Return the table of rewards next to TDM."""
+    if not any(of(record, key) for key in REWARDED):
+        return []
     named = [("plain TDM", "", "", "tdm")]
     named += [(*key.split("-"), key) for key in REWARDED]  # type: ignore[misc]
     lines = []
@@ -465,8 +478,6 @@ def rewards_part(record: Record) -> list[str]:
             found = [r["measured"]["4"] for r in own]
             scores = [spread([m[k] for m in found], 3) for k in SCORED]
             lines.append([name, by, weight, *scores, *shown(found), len(own)])
-    if len(lines) < 2:
-        return []
     head = ["reward", "by", "weight", *SCORED, *MEASURES, "seeds"]
     said = (
         "TDM in 4 steps with a reward beside matching. Confidence is the log-probability that a second classifier "
@@ -590,21 +601,27 @@ def main() -> None:
         wanted = [(key, k) for key, r in asked.items() for k in ((0,) if "steps" in r.method else r.counts)]
         paced(arena, wanted, common["pace"])
         write(rows, common, a)
-    for stage in a.only:
-        todo = teacher_rows(arena, rows) if stage == "teacher" else raced(arena, stage, rows, common["pace"])
+    for stage, seed in ((stage, seed) for seed in SEEDS for stage in a.only):
+        if stage == "teacher":
+            todo = teacher_rows(arena, rows) if seed == SEEDS[0] else iter(())
+        else:
+            todo = raced(arena, stage, seed, rows, common["pace"])
         for row in todo:
             rows.append(json.loads(json.dumps(row)))
             write(rows, common, a)
-            write_json(a.out / "paces.json", common["pace"])
             print(told(row), flush=True)
             if time.monotonic() > ends:
+                plot(a)
                 return
     write(rows, common, a)
+    plot(a)
 
 
-def raced(arena: Arena, stage: str, rows: Sequence[Facts], paces: dict[str, float]) -> Iterator[Facts]:
+def raced(
+    arena: Arena, stage: str, seed: int, rows: Sequence[Facts], paces: dict[str, float]
+) -> Iterator[Facts]:
     """Run the trainings of a stage that are not in the table."""
-    for cell in cells(stage, rows):
+    for cell in cells(stage, rows, seed):
         if cell.key in arena.a.keys and not any(
             (r["key"], r["count"], r["rate"], r["seed"]) == (cell.key, cell.count, cell.rate, cell.seed)
             for r in rows

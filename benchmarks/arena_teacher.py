@@ -172,6 +172,10 @@ class Measures:
         """Return the features [N, 64] of images in [-1, 1]."""
         return self.net.layers(images.clamp(-1, 1)).double() * self.scale
 
+    def distance(self, images: Tensor) -> float:
+        """Return the Frechet distance of images to real ones."""
+        return frechet_distance(self.truth, moments(self.features(images)))
+
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, float]:
         """Return distance, class accuracy in percent, precision, recall, and diversity relative to real images."""
         own = self.features(images)
