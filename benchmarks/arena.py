@@ -92,11 +92,12 @@ class Racer:
     images: str = ""  # real, teacher
     reward: str = ""  # one of Arena.rewards
     source: str = ""
+    begin: str = ""  # a racer that has the first half of the time, whose student goes on
 
 
-def tdm(label: str, source: str, images: str = "", **method: Any) -> Racer:
+def tdm(label: str, source: str, images: str = "", begin: str = "", **method: Any) -> Racer:
     """Return TDM with a setting of others, which is raced in 4 steps at TDM's rate."""
-    return Racer(label, {"name": "tdm", **method}, rates=(), counts=(4,), images=images, source=source)
+    return Racer(label, {"name": "tdm", **method}, (), (4,), images, source=source, begin=begin)
 
 
 RACERS: dict[str, Racer] = {
@@ -112,6 +113,8 @@ RACERS: dict[str, Racer] = {
 }
 GAN = {"weight": 1.0, "r1": 0.01}
 OTHERS: dict[str, Racer] = {  # settings of rivals, the likeliest first
+    "after-progressive": tdm("after progressive distillation, half of the time each", "", begin="progressive"),
+    "after-lcm": tdm("after LCM, half of the time each", "TDM fig. 8", begin="lcm"),
     "sample-dpmpp": tdm("sampled with DPM-Solver++", "TDM tab. 6", sample_solver="dpmpp"),
     "gan-real": tdm("adversarial term, real images", "TDM eq. 16", "real", gan=GAN),
     "gan-teacher": tdm("adversarial term, the teacher's images", "arXiv 2606.12575", "teacher", gan=GAN),
@@ -130,9 +133,9 @@ OTHERS: dict[str, Racer] = {  # settings of rivals, the likeliest first
 }
 REWARD_WEIGHTS = {
     ("confidence", "gradient"): (0.1, 0.3, 1.0),
-    ("confidence", "preference"): (0.3, 1.0, 3.0),
-    ("saturation", "gradient"): (3.0, 10.0, 30.0),
-    ("saturation", "preference"): (0.3, 1.0, 3.0),
+    ("confidence", "preference"): (0.001, 1.0, 3.0),  # the first has the cost alone
+    ("saturation", "gradient"): (1.0, 3.0, 10.0, 30.0),
+    ("saturation", "preference"): (1.0, 3.0),
 }
 
 
@@ -188,9 +191,13 @@ def method_of(racer: Racer, count: int, warmup: int = WARMUP) -> Method:
     return preset(**own)
 
 
-def training(arena: Arena, racer: Racer, method: Method, cell: Cell, iterations: int) -> Iterator[Roles]:
-    """Train a racer, and yield its roles after every iteration."""
+def training(
+    arena: Arena, racer: Racer, method: Method, cell: Cell, iterations: int, begin: Mapping[str, Tensor] | None = None
+) -> Iterator[Roles]:
+    """Train a racer, from the teacher or another student's weights, and yield its roles after every iteration."""
     roles = roles_for(arena.teacher, method, RolesConfig(lora=False), cell.seed)
+    if begin is not None:
+        roles.start_from(begin)
     roles = replace(roles, reward=arena.rewards[racer.reward] if racer.reward else None)
     train = TrainConfig(
         iterations=iterations, batch=BATCH, lr=cell.rate, fake_lr=10 * cell.rate, decay=iterations // 2, ema=0.99,
@@ -238,14 +245,28 @@ def paced(arena: Arena, wanted: Sequence[tuple[str, int]], known: dict[str, floa
     known.update({name: seconds * scale for name, seconds in found.items() if name not in known})
 
 
-def race(arena: Arena, stage: str, cell: Cell, paces: dict[str, float]) -> Facts:
-    """Train one student for the budget, and measure it in every step count that it serves."""
-    racer = everyone()[cell.key]
-    method = method_of(racer, cell.count)
-    iterations = max(method.warmup + 2, int(arena.a.seconds / paces[name_of(cell.key, cell.count)]))
-    seconds, began, curve = 0.0, CLOCK(), []
+def begun(arena: Arena, cell: Cell, budget: float, paces: Mapping[str, float]) -> tuple[dict[str, Tensor], float]:
+    """Train a student for a budget, and return its averaged weights with the CPU seconds."""
+    racer, began = RACERS[cell.key], CLOCK()
+    iterations = int(budget / paces[name_of(cell.key, cell.count)])
+    *_, roles = training(arena, racer, method_of(racer, cell.count), cell, iterations)
+    with roles.averaged():
+        return roles.student_state(), CLOCK() - began
+
+
+def race(arena: Arena, stage: str, cell: Cell, paces: dict[str, float], rate: float = 0.0) -> Facts:
+    """Train one student for the budget, and measure it in every step count that it serves.
+
+    `rate` is that of the racer that begins.
+    """
+    racer, seconds, begin = everyone()[cell.key], 0.0, None
+    method, share = method_of(racer, cell.count), 0.5 if racer.begin else 1.0
+    if racer.begin:
+        begin, seconds = begun(arena, replace(cell, key=racer.begin, rate=rate), share * arena.a.seconds, paces)
+    iterations = max(method.warmup + 2, int(share * arena.a.seconds / paces[name_of(cell.key, cell.count)]))
+    began, curve = CLOCK(), list[tuple[float, float]]()
     marks = [iterations * k // 4 for k in (1, 2, 3)] if stage == "race" and cell.seed == 0 else []
-    for i, roles in enumerate(training(arena, racer, method, cell, iterations), 1):
+    for i, roles in enumerate(training(arena, racer, method, cell, iterations, begin), 1):
         if i in marks:
             seconds += CLOCK() - began
             with roles.averaged(), torch.no_grad():
@@ -582,6 +603,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--only", nargs="*", choices=STAGES, default=list(STAGES), help="stages to run")
     parser.add_argument("--keys", nargs="*", default=[*everyone()], help="methods to run")
+    parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument("--seconds", type=float, default=60.0, help="CPU seconds of a training")
     parser.add_argument("--until", type=float, default=float("inf"), help="begin nothing after so many seconds")
     parser.add_argument("--out", type=Path, default=Path("runs/arena"), help="where runs are kept")
@@ -601,9 +623,9 @@ def main() -> None:
         wanted = [(key, k) for key, r in asked.items() for k in ((0,) if "steps" in r.method else r.counts)]
         paced(arena, wanted, common["pace"])
         write(rows, common, a)
-    for stage, seed in ((stage, seed) for seed in SEEDS for stage in a.only):
+    for stage, seed in ((stage, seed) for seed in a.seeds for stage in a.only):
         if stage == "teacher":
-            todo = teacher_rows(arena, rows) if seed == SEEDS[0] else iter(())
+            todo = teacher_rows(arena, rows) if seed == a.seeds[0] else iter(())
         else:
             todo = raced(arena, stage, seed, rows, common["pace"])
         for row in todo:
@@ -627,7 +649,8 @@ def raced(
             for r in rows
             if r["stage"] == stage
         ):
-            yield race(arena, stage, cell, paces)
+            begin = everyone()[cell.key].begin
+            yield race(arena, stage, cell, paces, best_rate(begin, rows) if begin else 0.0)
 
 
 def told(row: Facts) -> str:
