@@ -76,6 +76,19 @@ def cosine(images: Tensor, texts: Tensor) -> Tensor:
     return (F.normalize(images, dim=1) * F.normalize(texts, dim=1)).sum(1)
 
 
+def seen_by(model: CLIPModel | CLIPVisionModelWithProjection, pixels: Tensor) -> Tensor:
+    """Return the embeddings [B, D] of a CLIP model's inputs [B, 3, S, S]."""
+    return model.visual_projection(model.vision_model(pixel_values=pixels.to(model.device)).pooler_output)
+
+
+def read_by(model: CLIPModel, tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
+    """Return the embeddings [B, D] of texts, padded to the longest that the model reads."""
+    length = model.config.text_config.max_position_embeddings
+    tokens = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    ids, mask = (tokens[name].to(model.device) for name in ("input_ids", "attention_mask"))
+    return model.text_projection(model.text_model(input_ids=ids, attention_mask=mask).pooler_output)
+
+
 @dataclass(frozen=True)
 class ClipScorer:
     """A score of the cosine between an image and its prompt.
@@ -90,19 +103,12 @@ class ClipScorer:
     fit: Fit = "crop"
     weights: Mapping[str, str] = field(default_factory=dict)
     clips: bool = False
+    of: str = ""
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        vision, text = self.model.vision_model, self.model.text_model
-        length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        )
         with torch.inference_mode():
-            device = self.model.device
-            pixels = clip_pixels(images, self.model.config.vision_config.image_size, self.fit).to(device)
-            seen = self.model.visual_projection(vision(pixel_values=pixels).pooler_output)
-            ids, mask = (tokens[name].to(device) for name in ("input_ids", "attention_mask"))
-            read = self.model.text_projection(text(input_ids=ids, attention_mask=mask).pooler_output)
+            seen = seen_by(self.model, clip_pixels(images, self.model.config.vision_config.image_size, self.fit))
+            read = read_by(self.model, self.tokenizer, prompts)
             return self.formula(cosine(seen, read), float(self.model.logit_scale.exp())).float().cpu()
 
     def close(self) -> None:
@@ -118,11 +124,11 @@ class AestheticScorer:
     head: nn.Module
     weights: Mapping[str, str] = field(default_factory=dict)
     clips: bool = False
+    of: str = ""
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         with torch.inference_mode():
-            pixels = clip_pixels(images, self.model.config.image_size).to(self.model.device)
-            seen = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
+            seen = seen_by(self.model, clip_pixels(images, self.model.config.image_size))
             return self.head(F.normalize(seen, dim=1)).squeeze(1).float().cpu()
 
     def close(self) -> None:
@@ -261,13 +267,13 @@ def clip_score(key: str = "clip_score") -> Scorer:
     The score is 100 times the cosine, or 0 where it is negative.
     """
     found = find_weights(CLIP_L, f"--metrics {key}")
-    return ClipScorer(key, _clip_of(found), _tokenizer(found), _clip_score, weights=found.record())
+    return ClipScorer(key, clip_of(found), tokenizer_of(found), _clip_score, weights=found.record())
 
 
 def pickscore(key: str = "pickscore") -> Scorer:
     """Load PickScore v1: the cosine times its logit scale."""
     found, tokens = find_weights(PICK, f"--metrics {key}"), find_weights(CLIP_H_TOKENS, f"--metrics {key}")
-    return ClipScorer(key, _clip_of(found), _tokenizer(tokens), _logit, weights=found.record() | tokens.record())
+    return ClipScorer(key, clip_of(found), tokenizer_of(tokens), _logit, weights=found.record() | tokens.record())
 
 
 def hpsv21(key: str = "hpsv21") -> Scorer:
@@ -277,9 +283,9 @@ def hpsv21(key: str = "hpsv21") -> Scorer:
     """
     found, tokens = find_weights(HPS, f"--metrics {key}"), find_weights(CLIP_H_TOKENS, f"--metrics {key}")
     model = CLIPModel(vit_h())
-    _fill(model, from_open_clip(_state(found.folder / "model.safetensors", "model.")), found)
+    fill(model, from_open_clip(tensors_of(found.folder / "model.safetensors", "model.")), found)
     weights = found.record() | tokens.record()
-    return ClipScorer(key, model.eval().to(device()), _tokenizer(tokens), _percent, "pad", weights)
+    return ClipScorer(key, model.eval().to(device()), tokenizer_of(tokens), _percent, "pad", weights)
 
 
 def aesthetic(key: str = "aesthetic") -> Scorer:
@@ -287,8 +293,8 @@ def aesthetic(key: str = "aesthetic") -> Scorer:
     found = find_weights(LAION, f"--metrics {key}")
     model, head = CLIPVisionModelWithProjection(vit_l_vision()), AestheticHead()
     file = found.folder / "model.safetensors"
-    _fill(model, _state(file, "clip."), found)
-    _fill(head, _state(file, "mlp."), found)
+    fill(model, tensors_of(file, "clip."), found)
+    fill(head, tensors_of(file, "mlp."), found)
     return AestheticScorer(key, model.eval().to(device()), head.eval().to(device()), found.record())
 
 
@@ -300,23 +306,29 @@ SCORERS: dict[str, Callable[[], Scorer]] = {
 }
 
 
-def _clip_of(found: Found) -> CLIPModel:
+def clip_of(found: Found) -> CLIPModel:
+    """Read a CLIP model."""
     with reading(f"weights {found.folder}:", "fetch them again", "cannot be used"):
         return CLIPModel.from_pretrained(found.folder, local_files_only=True).eval().to(device())
 
 
-def _tokenizer(found: Found) -> CLIPTokenizer:
+def tokenizer_of(found: Found) -> CLIPTokenizer:
+    """Read a tokenizer."""
     with reading(f"tokenizer {found.folder}:", "fetch it again", "cannot be used"):
         return CLIPTokenizer.from_pretrained(found.folder, local_files_only=True)
 
 
-def _state(file: Path, prefix: str) -> dict[str, Tensor]:
+def tensors_of(file: Path, prefix: str) -> dict[str, Tensor]:
     """Read the tensors whose names begin with `prefix`, without it."""
     with reading(f"weights {file}:", "fetch them again"):
         return {k.removeprefix(prefix): v.float() for k, v in load_file(file).items() if k.startswith(prefix)}
 
 
-def _fill(module: nn.Module, state: Mapping[str, Tensor], found: Found) -> None:
+def fill(module: nn.Module, state: Mapping[str, Tensor], found: Found) -> None:
+    """Give a module the tensors of its names.
+
+    Raises ValueError where one is missing.
+    """
     known = module.state_dict()
     lacking = sorted(known.keys() - state.keys() - {k for k in known if k.endswith("position_ids")})
     if lacking:
