@@ -197,7 +197,7 @@ class Fixed:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> CLIPTokenizer:
-    return miniature.word_tokenizer(["a photo of red blue green dog object"], 600, 16)
+    return miniature.word_tokenizer(["a photo of red blue green dog object"], 600, 24)
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +205,7 @@ def clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     torch.manual_seed(0)
     common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = CLIPTextConfig(
-        **common, vocab_size=len(tokenizer), max_position_embeddings=16, projection_dim=8,
+        **common, vocab_size=len(tokenizer), max_position_embeddings=24, projection_dim=8,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     vision = CLIPVisionConfig(**common, image_size=32, patch_size=8, projection_dim=8)
@@ -241,7 +241,11 @@ def test_colours_are_the_nearest_of_the_mean_texts(judge: Judge, clip: CLIPModel
         seen = seen if isinstance(seen, Tensor) else seen.pooler_output
         means = []
         for colour in COLOURS:
-            texts = [f"a photo of a {colour} dog", f"a photo of a {colour}-colored dog", f"a photo of a {colour} object"]
+            texts = [
+                f"a photo of a {colour} dog",
+                f"a photo of a {colour}-colored dog",
+                f"a photo of a {colour} object",
+            ]
             tokens = tokenizer(texts, padding=True, return_tensors="pt")
             read = clip.get_text_features(**tokens)
             read = read if isinstance(read, Tensor) else read.pooler_output
@@ -326,7 +330,9 @@ def test_the_networks_are_loaded_from_their_files(
     """As they will be with the published weights: a tiny detector that is sure of everything it sees."""
     monkeypatch.setenv(PLACE, str(tmp_path))
     monkeypatch.setattr(detector, "SHORT", 64)
-    with pytest.raises(ValueError, match=r"^--metrics geneval: its weights cannot be had here; put config\.json, model"):
+    with pytest.raises(
+        ValueError, match=r"^--metrics geneval: its weights cannot be had here; put config\.json, model"
+    ):
         extra_of(["geneval"], None)
     model, classes = tiny_detector()
     with torch.no_grad():

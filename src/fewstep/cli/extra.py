@@ -6,21 +6,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..hashes import sha256_of
+from .options import in_options
 
 if TYPE_CHECKING:
     from ..evaluation.scorer import Extra
 
 
-def extra_of(names: Sequence[str], reference: Path | None) -> "Extra":
+def extra_of(names: Sequence[str], reference: Path | None = None) -> "Extra":
     """Load the networks of these metrics.
 
     Raises ValueError in one line for an unknown metric, and where weights or an environment are missing.
     """
+    from ..evaluation.scorer import NO_EXTRA, SETS, TASKS, Extra, Scorer, spelled
+
+    if not names and reference is None:
+        return NO_EXTRA
+    # These imports take seconds.
     from ..evaluation.environments import ENVIRONMENTS, environment_scorer
     from ..evaluation.geneval_judge import GenEvalScorer, load_judge
     from ..evaluation.inception import load_inception, read_statistics
     from ..evaluation.lpips import load_lpips
-    from ..evaluation.scorer import SETS, TASKS, Extra, Scorer, spelled
     from ..evaluation.scorers import SCORERS
     from ..report.video import write_mp4
 
@@ -52,6 +57,18 @@ def extra_of(names: Sequence[str], reference: Path | None) -> "Extra":
         "fid_torch" in names,
         load_lpips() if "lpips" in names else None,
     )
+
+
+def preview_metrics(names: Sequence[str]) -> "Extra":
+    """Load the networks of a recipe's `preview.metrics`.
+
+    Raises ValueError as `extra_of` does.
+    """
+    from ..evaluation.scorer import spelled
+
+    ends = ("", *(f" {name}" for name in (*names, *spelled(names))))
+    with in_options({f"--metrics{end}": f"preview.metrics{end}" for end in ends}):
+        return extra_of(names)
 
 
 def run_install(name: str) -> None:

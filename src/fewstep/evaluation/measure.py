@@ -35,7 +35,7 @@ class Measured:
 
     `embeddings` [n, K], colour histograms `colours` [n, 125] (or [n, 0]) and appearance `looks` [n, 7]; of each
     batch the `seconds` per image and the largest `memory` in MiB. `scores` [n, S] are those of S scorers, NaN where one
-    is not of the prompt, and `deep` [n, D] other features, and `thumbnails` [n, 3 * 64 * 64] small copies; all three may
+    is not of the prompt, `deep` [n, D] other features, and `thumbnails` [n, 3 * 64 * 64] small copies; all three may
     have no columns.
     """
 
