@@ -186,7 +186,9 @@ def test_inputs_are_scaled_to_800_pixels_or_1333_and_padded() -> None:
 class Fixed:
     """A detector that finds a dog where the image is light, twice where it is white."""
 
-    weights = {"a/model.safetensors": "0" * 64}
+    @property
+    def weights(self) -> dict[str, str]:
+        return {"a/model.safetensors": "0" * 64}
 
     def find(self, images: Tensor) -> list[list[Detection]]:
         return [
@@ -226,7 +228,7 @@ RULES = {
 
 @pytest.fixture(scope="module")
 def judge(clip: CLIPModel, tokenizer: CLIPTokenizer) -> Judge:
-    return Judge(Fixed(), clip, tokenizer, RULES, Fixed.weights)
+    return Judge(Fixed(), clip, tokenizer, RULES, Fixed().weights)
 
 
 def test_colours_are_the_nearest_of_the_mean_texts(judge: Judge, clip: CLIPModel, tokenizer: CLIPTokenizer) -> None:
