@@ -20,6 +20,7 @@ from fewstep.evaluation.environments import (
     python_of,
 )
 from fewstep.evaluation.images import Roots
+from fewstep.evaluation.inception import FILE as INCEPTION
 from fewstep.evaluation.measure import FeatureExtractor
 from fewstep.evaluation.scorer import Extra, spelled
 from fewstep.evaluation.weights import PLACE as WEIGHTS
@@ -76,7 +77,7 @@ def test_an_environment_is_made_by_one_command(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(
         ValueError,
         match=r"^--install: got nothing; choose one of imagereward, hpsv3, vqascore, dpg, vbench, "
-        r"vbench_objects, lpips$",
+        r"vbench_objects, lpips, inception$",
     ):
         install("nothing")
     failed = subprocess.CompletedProcess([], 1, "", "a\nno network")
@@ -288,8 +289,12 @@ def test_what_is_built_or_fetched_comes_after_the_packages(tmp_path: Path, monke
     assert "vbench==0.1.5" in called[1] and called[2][4] == "--no-build-isolation" and "detectron2" in called[2][5]
     called.clear()
     install("dpg")
-    assert called[2][2:] == [DPG_URL, str(tmp_path / "weights" / "dpg" / "dpg_bench.csv")]
+    assert DPG_URL in called[2][1] and called[2][2:] == [str(tmp_path / "weights" / "dpg" / "dpg_bench.csv")]
     assert (tmp_path / "weights" / "dpg").is_dir()
+    called.clear()
+    (tmp_path / "inception").mkdir()
+    assert install("inception") == tmp_path / "weights" / INCEPTION and len(called) == 2
+    assert "urlretrieve('https://" in called[1][1]
 
 
 def test_clips_are_scored_whole_and_images_are_refused() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..hashes import sha256_of
 from ..reading import reading
-from . import dpg, lpips, vbench, weights
+from . import dpg, inception, lpips, vbench, weights
 from .scorer import ACTIONS, DIMENSIONS, OBJECTS, Scorer
 from .scorers import pil_images
 
@@ -69,8 +69,8 @@ class Environment:
         return self.home or self.key
 
 
-# What fetches a file, in an environment.
-FETCH = "import sys, urllib.request\nurllib.request.urlretrieve(sys.argv[1], sys.argv[2])\n"
+# What fetches a file, in an environment: it is told the place, and has the address.
+FETCH = "import sys, urllib.request\nurllib.request.urlretrieve({url!r}, sys.argv[1])\n"
 DETECTRON = "detectron2 @ git+https://github.com/facebookresearch/detectron2.git"
 
 
@@ -139,7 +139,7 @@ ENVIRONMENTS = {
 
 @dataclass(frozen=True)
 class Conversion:
-    """A file of weights, made once from those of a package.
+    """A file of weights, fetched, or made once from those of a package.
 
     `code` runs in an environment that is deleted afterwards, and writes the file that it is told. `file` is its place
     in the folder of weights.
@@ -164,6 +164,7 @@ CONVERSIONS = {
             "tensors = lpips.LPIPS(net='alex', verbose=False).state_dict()\n"
             "save_file({k: v.contiguous() for k, v in tensors.items() if not k.startswith('lins.')}, sys.argv[1])\n",
         ),
+        Conversion("inception", (), inception.FILE, FETCH.format(url=inception.URL)),
     )
 }
 
@@ -189,7 +190,8 @@ def install(key: str) -> Path:
     folder, python = place() / key, str(python_of(key))
     _run([sys.executable, "-m", "venv", "--clear", str(folder)], key)
     pip, wanted = [python, "-m", "pip", "install", "--quiet"], known[key]
-    _run([*pip, *wanted.requirements], key)
+    if wanted.requirements:
+        _run([*pip, *wanted.requirements], key)
     if isinstance(wanted, Conversion):
         _run([python, "-c", wanted.code, str(file := _placed(wanted.file))], key)
         shutil.rmtree(folder)
@@ -197,7 +199,7 @@ def install(key: str) -> Path:
     if wanted.built:
         _run([*pip, "--no-build-isolation", *wanted.built], key)
     if wanted.file is not None:
-        _run([python, "-c", FETCH, wanted.url, str(_placed(wanted.file))], key)
+        _run([python, "-c", FETCH.format(url=wanted.url), str(_placed(wanted.file))], key)
     (folder / PACKAGES).write_text(_run([python, "-m", "pip", "freeze"], key), encoding="utf-8")
     return folder
 
