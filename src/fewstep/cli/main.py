@@ -226,8 +226,8 @@ def evaluate(
         typer.Option(
             help=(
                 "More metrics, with commas between: clip_score, pickscore, hpsv21, aesthetic, imagereward, hpsv3, "
-                "vqascore, geneval, dpg, vbench, vbench_actions, vbench_objects, fid, fid_torch, kid, lpips. A line says "
-                "what each needs."
+                "vqascore, geneval, dpg, vbench, vbench_actions, vbench_objects, fid, fid_torch, kid, lpips. A line "
+                "says what each needs."
             )
         ),
     ] = "",
@@ -242,7 +242,8 @@ def evaluate(
     install: Annotated[
         str | None,
         typer.Option(
-            help="Make what a metric needs: imagereward, hpsv3, vqascore, dpg, vbench, vbench_objects, lpips, inception."
+            help="Make what a metric needs: imagereward, hpsv3, vqascore, dpg, vbench, vbench_objects, lpips or "
+            "inception."
         ),
     ] = None,
 ) -> None:
