@@ -16,7 +16,6 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionConfig,
     Mask2FormerConfig,
-    Mask2FormerModel,
     SwinConfig,
 )
 
@@ -24,7 +23,7 @@ from fewstep.backbones import miniature
 from fewstep.cli.extra import extra_of
 from fewstep.core.guidance import Guidance
 from fewstep.evaluation import detector, geneval_judge
-from fewstep.evaluation.detector import detections, detector_pixels, load_detector, restored
+from fewstep.evaluation.detector import Segmenter, detections, detector_pixels, load_detector, restored
 from fewstep.evaluation.geneval import (
     COLOURS,
     NAMES,
@@ -313,7 +312,7 @@ def test_other_prompts_are_refused(judge: Judge) -> None:
         require_list(extra, "own-quick", "")
 
 
-def tiny_detector() -> tuple[Mask2FormerModel, nn.Linear]:
+def tiny_detector() -> Segmenter:
     torch.manual_seed(0)
     backbone = SwinConfig(
         image_size=32, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=2,
@@ -321,9 +320,9 @@ def tiny_detector() -> tuple[Mask2FormerModel, nn.Linear]:
     )  # fmt: skip
     config = Mask2FormerConfig(
         backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32,
-        encoder_layers=1, decoder_layers=2, dim_feedforward=32, num_attention_heads=2, num_queries=5,
+        encoder_layers=1, decoder_layers=2, dim_feedforward=32, num_attention_heads=2, num_queries=5, num_labels=80,
     )  # fmt: skip
-    return Mask2FormerModel(config).eval(), nn.Linear(32, len(NAMES) + 1)
+    return Segmenter(config).eval()
 
 
 def test_the_networks_are_loaded_from_their_files(
@@ -332,19 +331,16 @@ def test_the_networks_are_loaded_from_their_files(
     """As they will be with the published weights: a tiny detector that is sure of everything it sees."""
     monkeypatch.setenv(PLACE, str(tmp_path))
     monkeypatch.setattr(detector, "SHORT", 64)
-    with pytest.raises(
-        ValueError, match=r"^--metrics geneval: its weights cannot be had here; put config\.json, model"
-    ):
+    with pytest.raises(ValueError, match=r"^--metrics geneval: its weights cannot be had here; put config\.json"):
         extra_of(["geneval"], None)
-    model, classes = tiny_detector()
+    network = tiny_detector()
     with torch.no_grad():
-        classes.weight.mul_(40)
+        network.class_predictor.weight.mul_(100)
     folder = tmp_path / "facebook--mask2former-swin-small-coco-instance"
     folder.mkdir()
-    model.config.save_pretrained(folder)
-    tensors = {f"model.{k}": v.contiguous() for k, v in model.state_dict().items()}
-    heads = {f"class_predictor.{k}": v.detach() for k, v in classes.state_dict().items()}
-    save_file(tensors | heads, folder / "model.safetensors", {"format": "pt"})
+    network.config.save_pretrained(folder)
+    tensors = {k: v.contiguous() for k, v in network.state_dict().items()} | {"criterion.empty_weight": torch.ones(81)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     place = tmp_path / "openai--clip-vit-large-patch14"
     clip.save_pretrained(place)
     tokenizer.save_pretrained(place)
@@ -357,20 +353,18 @@ def test_the_networks_are_loaded_from_their_files(
     }
     image = torch.rand((1, 3, 48, 64), generator=torch.Generator().manual_seed(1))
     (found,) = judge.finder.find(image)
+    pixels, inner = detector_pixels(image)
     with torch.no_grad():
-        pixels, inner = detector_pixels(image)
-        seen = model(pixel_values=pixels)
-        logits = classes(seen.transformer_decoder_last_hidden_state[None].flatten(0, -3)[-5:].reshape(5, -1))
-    assert inner == (64, 85) and pixels.shape[-2:] == (64, 96) and logits.shape == (5, len(NAMES) + 1)
-    assert found and all(d.mask is not None and d.mask.shape == (48, 64) for d in found)
-    assert [d.score for d in found] == sorted((d.score for d in found), reverse=True)
+        logits, masks = network(pixels)
+    assert inner == (64, 85) and pixels.shape[-2:] == (64, 96) and logits.shape == (1, 5, 81)
+    expected = detections(logits[0], masks[0], lambda x: restored(x, (64, 96), inner, (48, 64)))
+    assert found and [(d.name, d.box) for d in found] == [(d.name, d.box) for d in expected]
+    assert all(d.mask is not None and d.mask.shape == (48, 64) for d in found)
     scorers = extra_of(["geneval", "geneval_counting"], None).scorers
     assert [scorer.key for scorer in scorers] == [f"geneval_{task}" for task in TASKS]
     scores = scorers[0].score(image, ["a photo of a bench"])
     assert scores.tolist() == [float(any(d.name == "bench" and d.score > SURE for d in found))]
-    save_file(tensors | {"class_predictor.weight": heads["class_predictor.weight"]}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=r"they lack bias; fetch facebook/mask2former-swin-small-coco-instance again"):
-        load_detector("--metrics geneval")
-    save_file(dict(list(tensors.items())[5:]) | heads, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"cannot be used \(they lack "):
+    save_file({k: v for k, v in tensors.items() if k != "class_predictor.bias"}, folder / "model.safetensors",
+              {"format": "pt"})  # fmt: skip
+    with pytest.raises(ValueError, match=r"cannot be used \(they lack class_predictor\.bias\); fetch them again$"):
         load_detector("--metrics geneval")

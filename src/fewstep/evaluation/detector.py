@@ -6,15 +6,16 @@ whose score is the class's times the mean of the mask.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Mask2FormerModel
+from transformers import Mask2FormerConfig, Mask2FormerModel, Mask2FormerPreTrainedModel
 
 from ..reading import reading
 from .geneval import NAMES, SURE, Box, Detection
-from .scorers import device, fill, tensors_of
+from .scorers import device
 from .weights import Weights, find_weights
 
 WEIGHTS = Weights("facebook/mask2former-swin-small-coco-instance", ("config.json", "model.safetensors"))
@@ -24,24 +25,39 @@ PAIRS = 100  # of query and class, of an image
 LEAST = 1e-6
 
 
-@dataclass(frozen=True)
-class Detector:
-    """A detector of COCO's classes.
+class Segmenter(Mask2FormerPreTrainedModel):
+    """Mask2Former with the logits of its classes, without the loss, which needs scipy.
 
-    `classes` gives each query's logits: one of each class, and one of nothing.
+    It has the names of a checkpoint of transformers.
     """
 
-    model: Mask2FormerModel
-    classes: nn.Linear
+    _keys_to_ignore_on_load_unexpected: ClassVar = ["criterion"]
+
+    def __init__(self, config: Mask2FormerConfig) -> None:
+        super().__init__(config)
+        self.model = Mask2FormerModel(config)
+        self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)
+        self.post_init()
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits of each query's class [B, Q, C + 1], the last of nothing, and of its mask [B, Q, h, w]."""
+        seen = self.model(pixel_values=pixels)
+        states = seen.transformer_decoder_intermediate_states[-1].transpose(0, 1)
+        return self.class_predictor(states), seen.masks_queries_logits[-1]
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A detector of COCO's classes."""
+
+    network: Segmenter
     weights: Mapping[str, str] = field(default_factory=dict)
 
     def find(self, images: Tensor) -> list[list[Detection]]:
         """Return the objects of each of images [B, 3, H, W], down to a score of 0.3."""
         pixels, inner = detector_pixels(images)
         with torch.inference_mode():
-            seen = self.model(pixel_values=pixels.to(self.model.device))
-            states = seen.transformer_decoder_intermediate_states[-1].transpose(0, 1)
-            logits, masks = self.classes(states).float().cpu(), seen.masks_queries_logits[-1].float().cpu()
+            logits, masks = (x.float().cpu() for x in self.network(pixels.to(self.network.device)))
         full, inside = (pixels.shape[-2], pixels.shape[-1]), (images.shape[-2], images.shape[-1])
         return [
             detections(row, own, lambda mask: restored(mask, full, inner, inside))
@@ -110,9 +126,9 @@ def load_detector(option: str) -> Detector:
     """
     found = find_weights(WEIGHTS, option)
     with reading(f"weights {found.folder}:", "fetch them again", "cannot be used"):
-        model, about = Mask2FormerModel.from_pretrained(found.folder, local_files_only=True, output_loading_info=True)
-        if about["missing_keys"] or about["mismatched_keys"]:
-            raise ValueError(f"they lack {sorted(map(str, about['missing_keys'] or about['mismatched_keys']))[0]}")
-    classes = nn.Linear(model.config.hidden_dim, len(NAMES) + 1)
-    fill(classes, tensors_of(found.folder / "model.safetensors", "class_predictor."), found)
-    return Detector(model.eval().to(device()), classes.eval().to(device()), found.record())
+        network, about = Segmenter.from_pretrained(found.folder, local_files_only=True, output_loading_info=True)
+        if lacking := sorted(map(str, [*about["missing_keys"], *about["mismatched_keys"]])):
+            raise ValueError(f"they lack {lacking[0]}")
+        if network.config.num_labels != len(NAMES):
+            raise ValueError(f"they are of {network.config.num_labels} classes, expected {len(NAMES)}")
+    return Detector(network.eval().to(device()), found.record())

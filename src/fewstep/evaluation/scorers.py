@@ -283,7 +283,7 @@ def hpsv21(key: str = "hpsv21") -> Scorer:
     """
     found, tokens = find_weights(HPS, f"--metrics {key}"), find_weights(CLIP_H_TOKENS, f"--metrics {key}")
     model = CLIPModel(vit_h())
-    fill(model, from_open_clip(tensors_of(found.folder / "model.safetensors", "model.")), found)
+    _fill(model, from_open_clip(_state(found.folder / "model.safetensors", "model.")), found)
     weights = found.record() | tokens.record()
     return ClipScorer(key, model.eval().to(device()), tokenizer_of(tokens), _percent, "pad", weights)
 
@@ -293,8 +293,8 @@ def aesthetic(key: str = "aesthetic") -> Scorer:
     found = find_weights(LAION, f"--metrics {key}")
     model, head = CLIPVisionModelWithProjection(vit_l_vision()), AestheticHead()
     file = found.folder / "model.safetensors"
-    fill(model, tensors_of(file, "clip."), found)
-    fill(head, tensors_of(file, "mlp."), found)
+    _fill(model, _state(file, "clip."), found)
+    _fill(head, _state(file, "mlp."), found)
     return AestheticScorer(key, model.eval().to(device()), head.eval().to(device()), found.record())
 
 
@@ -318,17 +318,13 @@ def tokenizer_of(found: Found) -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(found.folder, local_files_only=True)
 
 
-def tensors_of(file: Path, prefix: str) -> dict[str, Tensor]:
+def _state(file: Path, prefix: str) -> dict[str, Tensor]:
     """Read the tensors whose names begin with `prefix`, without it."""
     with reading(f"weights {file}:", "fetch them again"):
         return {k.removeprefix(prefix): v.float() for k, v in load_file(file).items() if k.startswith(prefix)}
 
 
-def fill(module: nn.Module, state: Mapping[str, Tensor], found: Found) -> None:
-    """Give a module the tensors of its names.
-
-    Raises ValueError where one is missing.
-    """
+def _fill(module: nn.Module, state: Mapping[str, Tensor], found: Found) -> None:
     known = module.state_dict()
     lacking = sorted(known.keys() - state.keys() - {k for k in known if k.endswith("position_ids")})
     if lacking:
