@@ -16,6 +16,7 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionConfig,
     Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
     SwinConfig,
 )
 
@@ -323,6 +324,19 @@ def tiny_detector() -> Segmenter:
         encoder_layers=1, decoder_layers=2, dim_feedforward=32, num_attention_heads=2, num_queries=5, num_labels=80,
     )  # fmt: skip
     return Segmenter(config).eval()
+
+
+def test_the_network_is_transformers_own() -> None:
+    """With scipy, which its loss needs."""
+    pytest.importorskip("scipy")
+    network = tiny_detector()
+    whole = Mask2FormerForUniversalSegmentation(network.config).eval()
+    assert whole.load_state_dict(network.state_dict(), strict=False).unexpected_keys == []
+    pixels = torch.randn((1, 3, 64, 96), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        seen, (logits, masks) = whole(pixel_values=pixels), network(pixels)
+    assert (seen.class_queries_logits - logits).abs().max() <= 1e-5
+    assert (seen.masks_queries_logits - masks).abs().max() <= 1e-5
 
 
 def test_the_networks_are_loaded_from_their_files(

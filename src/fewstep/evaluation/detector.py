@@ -41,7 +41,7 @@ class Segmenter(Mask2FormerPreTrainedModel):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits of each query's class [B, Q, C + 1], the last of nothing, and of its mask [B, Q, h, w]."""
-        seen = self.model(pixel_values=pixels)
+        seen = self.model(pixel_values=pixels, output_hidden_states=True)
         states = seen.transformer_decoder_intermediate_states[-1].transpose(0, 1)
         return self.class_predictor(states), seen.masks_queries_logits[-1]
 
