@@ -19,6 +19,37 @@ LIST = "dpg"  # of prompts
 FILE = Path("dpg", "dpg_bench.csv")
 URL = "https://raw.githubusercontent.com/TencentQQGYLab/ELLA/main/dpg_bench/dpg_bench.csv"
 
+# What runs in its environment: mPLUG as ModelScope's pipeline calls it, whose own module imports fairseq and more.
+CODE = """
+import functools
+import torch
+from PIL import Image
+from torchvision import transforms
+from modelscope import snapshot_download
+from modelscope.models.multi_modal.mplug import MPlug
+folder = snapshot_download("damo/mplug_visual-question-answering_coco_large_en")
+device = "cuda" if torch.cuda.is_available() else "cpu"
+model = MPlug.from_pretrained(folder, task="visual-question-answering").eval().to(device)
+size = (model.config.image_res, model.config.image_res)
+scaled = transforms.Compose([
+    transforms.Resize(size, interpolation=transforms.InterpolationMode.BICUBIC),
+    transforms.ToTensor(),
+    transforms.Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+])
+@functools.lru_cache(1)
+def seen(path):
+    return scaled(Image.open(path).convert("RGB"))[None].to(device)
+def answer(path, question):
+    words = model.tokenizer(
+        question.lower(), padding="max_length", truncation=True, max_length=25, return_tensors="pt"
+    ).to(device)
+    with torch.no_grad():
+        found, _ = model(seen(path), words, train=False)
+    return model.tokenizer.decode(found[0][0], skip_special_tokens=True)
+def score(paths, prompts):
+    return [answer(path, question) == "yes" for path, question in zip(paths, prompts)]
+"""
+
 
 @dataclass(frozen=True)
 class Question:

@@ -117,17 +117,8 @@ ENVIRONMENTS = {
         ),
         Environment(
             "dpg",
-            ("torch", "torchvision", "modelscope[framework]==1.40.2", "transformers<4.47", "numpy<2"),
-            "import torch\n"
-            "from PIL import Image\n"
-            "from modelscope.pipelines import pipeline\n"
-            "from modelscope.utils.constant import Tasks\n"
-            "name = 'damo/mplug_visual-question-answering_coco_large_en'\n"
-            "device = 'gpu' if torch.cuda.is_available() else 'cpu'\n"
-            "model = pipeline(Tasks.visual_question_answering, model=name, device=device)\n"
-            "def score(paths, prompts):\n"
-            "    asked = [{'image': Image.open(a), 'question': b} for a, b in zip(paths, prompts)]\n"
-            "    return [model(one)['text'] == 'yes' for one in asked]\n",
+            ("torch", "torchvision", "modelscope[framework]==1.40.2", "transformers<4.47", "timm", "numpy<2"),
+            dpg.CODE,
             of=dpg.LIST,
             file=dpg.FILE,
             url=dpg.URL,
