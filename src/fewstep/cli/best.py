@@ -44,7 +44,7 @@ def measured_by(recipe: DistillRecipe, quality: Mapping[str, Any]) -> str:
 
 
 def loss_of(measured: str, value: float) -> float:
-    """Return a number that is smaller where the value under a key is better."""
+    """Return a number that is smaller where a value is better."""
     metric = METRICS.get(measured.removeprefix("quality."))
     return -value if metric is not None and metric.better == "high" else value
 

@@ -469,7 +469,7 @@ def check_measures(recipe: DistillRecipe, teacher: Backbone | None = None) -> No
 
 
 def check_curves(recipe: DistillRecipe) -> None:
-    """Check that previews measure what is asked for, and the number that decides.
+    """Check the numbers that previews measure, and which decides.
 
     Raises ValueError.
     """

@@ -47,7 +47,7 @@ class Groups:
         return torch.cat([self.rows[g] for g in drawn.tolist()])
 
     def among(self, there: Tensor) -> "Groups":
-        """Return the groups of the images that are there [n], without empty ones."""
+        """Return the groups of the images that are there [n]."""
         return Groups(tuple(rows[there[rows]] for rows in self.rows if bool(there[rows].any())))
 
     def means(self, values: Tensor) -> Tensor:

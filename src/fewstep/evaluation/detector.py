@@ -26,9 +26,9 @@ LEAST = 1e-6
 
 
 class Segmenter(Mask2FormerPreTrainedModel):
-    """Mask2Former with the logits of its classes, without the loss, which needs scipy.
+    """Mask2Former with the logits of its classes, without a loss.
 
-    It has the names of a checkpoint of transformers.
+    It has the names of a checkpoint of transformers, whose loss needs scipy.
     """
 
     _keys_to_ignore_on_load_unexpected: ClassVar = ["criterion"]
@@ -40,7 +40,10 @@ class Segmenter(Mask2FormerPreTrainedModel):
         self.post_init()
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits of each query's class [B, Q, C + 1], the last of nothing, and of its mask [B, Q, h, w]."""
+        """Return the logits of each query's class and mask.
+
+        pixels [B, 3, H, W]; returns [B, Q, C + 1], the last of no class, and [B, Q, h, w].
+        """
         seen = self.model(pixel_values=pixels, output_hidden_states=True)
         states = seen.transformer_decoder_intermediate_states[-1].transpose(0, 1)
         return self.class_predictor(states), seen.masks_queries_logits[-1]
@@ -54,7 +57,10 @@ class Detector:
     weights: Mapping[str, str] = field(default_factory=dict)
 
     def find(self, images: Tensor) -> list[list[Detection]]:
-        """Return the objects of each of images [B, 3, H, W], down to a score of 0.3."""
+        """Return the objects of each image, the surest first.
+
+        images [B, 3, H, W]; objects of a score below 0.3 are left out.
+        """
         pixels, inner = detector_pixels(images)
         with torch.inference_mode():
             logits, masks = (x.float().cpu() for x in self.network(pixels.to(self.network.device)))
@@ -66,9 +72,9 @@ class Detector:
 
 
 def detector_pixels(images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Return a detector's inputs of images [B, 3, H, W], and the images' own size in them.
+    """Return a detector's inputs of images [B, 3, H, W], and their size.
 
-    The shorter side becomes 800, but the longer at most 1,333, without antialiasing; zeros fill up to multiples of 32.
+    The size is that of the images in their inputs. The shorter side becomes 800, but the longer at most 1,333, without antialiasing; zeros fill up to multiples of 32.
     """
     sides = images.shape[-2], images.shape[-1]
     scale = min(LONG / max(sides), SHORT / min(sides))

@@ -1,4 +1,4 @@
-"""DPG-Bench's score: the share of a prompt's questions that an image answers with yes.
+"""DPG-Bench's score: the share of questions that are answered with yes.
 
 The questions are those of its authors (Hu et al., arXiv:2403.05135), in `dpg_bench.csv`; mPLUG answers them in an
 environment of its own.
@@ -53,7 +53,10 @@ def score(paths, prompts):
 
 @dataclass(frozen=True)
 class Question:
-    """A question to an image, which counts where all its `parents` are answered with yes."""
+    """A question to an image.
+
+    It counts where all its `parents` do.
+    """
 
     number: int
     text: str
@@ -67,7 +70,10 @@ class Answerer(Protocol):
     def weights(self) -> Mapping[str, str]: ...
 
     def ask(self, images: Tensor, of: Sequence[int], texts: Sequence[str]) -> Tensor:
-        """Return the answer [Q] to each text about image `of`, 1 for yes."""
+        """Return the answers [Q] to texts, 1 for yes.
+
+        Each is about image `of` it.
+        """
 
     def close(self) -> None:
         """Give back what it holds."""

@@ -130,7 +130,7 @@ ENVIRONMENTS = {
 
 @dataclass(frozen=True)
 class Conversion:
-    """A file of weights, fetched, or made once from those of a package.
+    """A file of weights, fetched, or made once from a package's.
 
     `code` runs in an environment that is deleted afterwards, and writes the file that it is told. `file` is its place
     in the folder of weights.
@@ -196,7 +196,7 @@ def install(key: str) -> Path:
 
 
 def _placed(file: Path) -> Path:
-    """Return the place of a file of weights, in a folder that is there."""
+    """Return the place of a file of weights, and make its folder."""
     placed = weights.place() / file
     placed.parent.mkdir(parents=True, exist_ok=True)
     return placed

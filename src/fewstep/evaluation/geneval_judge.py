@@ -47,7 +47,7 @@ class Judge:
     weights: Mapping[str, str]
 
     def right(self, image: Tensor, rule: Rule) -> bool:
-        """Return whether an image [3, H, W] shows what a rule asks for."""
+        """Return whether an image [3, H, W] follows a rule."""
         (found,) = self.finder.find(image[None])
         return fulfils(counted(found, rule), rule, partial(self.colours, image))
 
@@ -61,14 +61,17 @@ class Judge:
         return [COLOURS[int(i)] for i in found.argmax(1)]
 
     def _texts(self, name: str) -> Tensor:
-        """Return the embedding [10, D] of each colour of a class: the mean over the templates."""
+        """Return the mean embedding [10, D] of each colour of a class."""
         texts = [template.format(colour, name) for colour in COLOURS for template in TEMPLATES]
         each = F.normalize(read_by(self.clip, self.tokenizer, texts), dim=1)
         return F.normalize(each.unflatten(0, (len(COLOURS), len(TEMPLATES))).mean(1), dim=1)
 
 
 def cut_out(image: Tensor, one: Detection) -> Tensor:
-    """Return an object's part [3, h, w] of an image [3, H, W], grey where it is not its own."""
+    """Return an object's part of an image.
+
+    [3, h, w] of [3, H, W], grey where a pixel is not the object's own.
+    """
     (whole,) = pil_images(image[None])
     if one.mask is not None:
         blank = Image.new("RGB", whole.size, (GREY, GREY, GREY))
@@ -80,7 +83,10 @@ def cut_out(image: Tensor, one: Detection) -> Tensor:
 
 @dataclass(frozen=True)
 class GenEvalScorer:
-    """One of GenEval's tasks: 1 where an image is right, else 0; NaN of prompts of other tasks."""
+    """The score of one of GenEval's tasks.
+
+    1 where an image is right, else 0; NaN of prompts of other tasks.
+    """
 
     task: str
     judge: Judge

@@ -92,7 +92,7 @@ def _lpips(m: Measurement) -> float | None:
 
 
 def _score(key: str, heading: str, digits: int, needs: str, unit: str = "", factor: float = 1.0) -> Metric:
-    """Return the metric of a scorer: the mean over the images that it is of."""
+    """Return the metric of a scorer: the mean over its images."""
 
     def each(m: Measurement) -> Tensor | None:
         return m.scores.get(key)

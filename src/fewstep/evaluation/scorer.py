@@ -46,7 +46,7 @@ SETS: dict[str, tuple[str, ...]] = {
 
 
 def spelled(names: Sequence[str]) -> list[str]:
-    """Return metrics by their own names: those of a set for its name."""
+    """Return the metrics' own names, in place of those of sets."""
     return [key for name in names for key in SETS.get(name, (name,))]
 
 
@@ -67,9 +67,9 @@ class Scorer(Protocol):
     def of(self) -> str: ...
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the scores [B] of images [B, 3, H, W], or of clips [B, F, 3, H, W].
+        """Return the scores [B] of images or clips.
 
-        NaN where a prompt does not ask for what is scored.
+        Images are [B, 3, H, W], clips [B, F, 3, H, W]. NaN where a prompt does not ask for what is scored.
         """
 
     def close(self) -> None:

@@ -77,12 +77,15 @@ def cosine(images: Tensor, texts: Tensor) -> Tensor:
 
 
 def seen_by(model: CLIPModel | CLIPVisionModelWithProjection, pixels: Tensor) -> Tensor:
-    """Return the embeddings [B, D] of a CLIP model's inputs [B, 3, S, S]."""
+    """Return the embeddings [B, D] of inputs [B, 3, S, S]."""
     return model.visual_projection(model.vision_model(pixel_values=pixels.to(model.device)).pooler_output)
 
 
 def read_by(model: CLIPModel, tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
-    """Return the embeddings [B, D] of texts, padded to the longest that the model reads."""
+    """Return the embeddings [B, D] of texts.
+
+    They are padded to the longest that the model reads.
+    """
     length = model.config.text_config.max_position_embeddings
     tokens = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     ids, mask = (tokens[name].to(model.device) for name in ("input_ids", "attention_mask"))
