@@ -72,9 +72,10 @@ class Detector:
 
 
 def detector_pixels(images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Return a detector's inputs of images [B, 3, H, W], and their size.
+    """Return a detector's inputs of images [B, 3, H, W].
 
-    The size is that of the images in their inputs. The shorter side becomes 800, but the longer at most 1,333, without antialiasing; zeros fill up to multiples of 32.
+    The size is that of the images within their inputs. The shorter side becomes 800, but the longer at most 1,333,
+    without antialiasing; zeros fill up to multiples of 32.
     """
     sides = images.shape[-2], images.shape[-1]
     scale = min(LONG / max(sides), SHORT / min(sides))

@@ -1,4 +1,4 @@
-"""GenEval's rules: does an image show what its prompt names?
+"""Rules of GenEval: whether an image shows what its prompt names.
 
 Pure functions of what a detector found: presence, number, colour and position (Ghosh et al., arXiv:2310.11513). The
 prompts' rules ship as `zoo/prompts/geneval.jsonl`.
@@ -108,8 +108,8 @@ def counted(found: Sequence[Detection], rule: Rule) -> dict[str, list[Detection]
 def places(a: Box, b: Box) -> frozenset[str]:
     """Return where box a is, seen from box b.
 
-    Any of `left of`, `right of`, `above`, `below`. The distance of the centres is shortened by `GAP` of both boxes' width and height; a direction counts where it is
-    more than `SLANT` of the whole distance.
+    Any of `left of`, `right of`, `above`, `below`. The distance of the centres is shortened by `GAP` of both boxes' width
+    and height; a direction counts where it is more than `SLANT` of the whole distance.
     """
     first, second = (torch.tensor(box, dtype=torch.float64).view(2, 2) for box in (a, b))
     apart = first.mean(0) - second.mean(0)
