@@ -108,7 +108,7 @@ def counted(found: Sequence[Detection], rule: Rule) -> dict[str, list[Detection]
 def places(a: Box, b: Box) -> frozenset[str]:
     """Return where box a is, seen from box b.
 
-    Any of `left of`, `right of`, `above`, `below`. The distance of the centres is shortened by `GAP` of both boxes' width
+    Any of `left of`, `right of`, `above`, `below`. The centres' distance is shortened by `GAP` of both boxes' width
     and height; a direction counts where it is more than `SLANT` of the whole distance.
     """
     first, second = (torch.tensor(box, dtype=torch.float64).view(2, 2) for box in (a, b))
