@@ -133,9 +133,9 @@ OTHERS: dict[str, Racer] = {  # settings of rivals, the likeliest first
 }
 REWARD_WEIGHTS = {
     ("confidence", "gradient"): (0.1, 0.3, 1.0),
-    ("confidence", "preference"): (0.001, 1.0, 3.0),  # the first has the cost alone
+    ("confidence", "preference"): (0.001, 0.3, 1.0),  # the first has the cost alone
     ("saturation", "gradient"): (1.0, 3.0, 10.0, 30.0),
-    ("saturation", "preference"): (1.0, 3.0),
+    ("saturation", "preference"): (0.3, 1.0),
 }
 
 

@@ -98,7 +98,7 @@ def test_a_group_shares_tau_and_noise_and_only_the_third_network_learns() -> Non
 
 def test_a_preference_pulls_along_surrogate_minus_teacher() -> None:
     """At first both are the teacher, and nothing is pulled."""
-    method = rewarded("preference")
+    method = rewarded("preference", loss="l2")
     roles = roles_with(method)
     batch = grouped(method, roles)
     d = draw(method, roles, batch.cond, BATCH, seed(), with_gradient=True)

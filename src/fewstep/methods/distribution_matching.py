@@ -31,7 +31,7 @@ from ..objectives.denoising import denoising, transition_target
 from ..objectives.divergences import DIVERGENCES
 from ..objectives.matched_state import MatchedState
 from ..objectives.regression import REGRESSION_LOSSES
-from ..objectives.reverse_kl import SURROGATE_LOSSES, dmd_normaliser, l2
+from ..objectives.reverse_kl import SURROGATE_LOSSES
 from ..objectives.rewards import advantages, group_preference
 from ..roles.roles import SURROGATE, Role, Roles
 from ..transfer import sent
@@ -699,7 +699,8 @@ def reward_term(
     """Return the reward's part of the student's loss, before its weight, and what to log.
 
     By gradient it is minus the reward of the clean estimate that the step makes. By preference it pulls the matched
-    state along `f_surrogate - f_phi` at x_tau, over DMD's normaliser: a surrogate that has learnt little pulls little.
+    state along `f_surrogate - f_phi` at x_tau, with the same surrogate loss as matching: a surrogate goes far from the
+    teacher, and `huber` takes its direction alone.
     """
     if not method.needs.surrogate:
         rewards = scores_of(roles, d.x0, prompts)
@@ -711,7 +712,7 @@ def reward_term(
     with torch.no_grad():
         f_teacher = roles.teacher(d.cond, null, Guidance())(d.x_tau, d.tau).x0
         f_surrogate = roles.denoise(SURROGATE, d.cond, d.steps)(d.x_tau, d.tau).x0
-    return l2(d.x_m, f_teacher - f_surrogate, dmd_normaliser(d.x0, f_surrogate)).mean(), {}
+    return student_loss(method, roles.backbone.schedule, d, f_teacher, f_surrogate), {}
 
 
 def regression_loss(method: DistributionMatching, schedule: Schedule, d: NoisedSample, walk: TrajectoryBatch) -> Tensor:

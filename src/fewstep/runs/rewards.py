@@ -37,8 +37,9 @@ def judges() -> dict[str, Callable[[], Scorer]]:
     """Return what loads each metric that scores images, by its key."""
     from ..evaluation.scorers import SCORERS  # imports transformers' models
 
-    apart = (key for key, known in ENVIRONMENTS.items() if not known.clips)
-    return SCORERS | {key: partial(environment_scorer, key, write_mp4) for key in apart}
+    found = dict[str, Callable[[], Scorer]](SCORERS)
+    found |= {key: partial(environment_scorer, key, write_mp4) for key, one in ENVIRONMENTS.items() if not one.clips}
+    return found
 
 
 def _require_named(config: RewardConfig, given: Reward | None) -> None:
