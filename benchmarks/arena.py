@@ -409,9 +409,9 @@ def plot(a: argparse.Namespace) -> None:
     """Draw the figures of a written record."""
     record = read_record(a.to / "arena.json")
     if record is not None and any(r["stage"] == "race" for r in record.rows):
-        plot_race(record, a.to / "arena.png")
+        plot_race(record, a.figures / "arena.png")
     if record is not None and any(r["stage"] == "rewards" for r in record.rows):
-        plot_rewards(record, a.to / "arena-rewards.png")
+        plot_rewards(record, a.figures / "arena-rewards.png")
 
 
 MEASURES = {"fd": 2, "accuracy": 1, "precision": 2, "recall": 2, "diversity": 2}
@@ -448,7 +448,7 @@ def page(record: Record) -> str:
         if lines:
             title = f"## {count} step{'s' if count > 1 else ''}, {seconds_of(record):g} CPU seconds each"
             table = markdown(["method", "rate", "iterations", "CPU s", *head], [line for _, line in sorted(lines)])
-            figure = "![FD over CPU seconds, seed 0](arena.png)\n\n" if count == max(COUNTS) else ""
+            figure = "![FD over CPU seconds, seed 0](../docs/arena.png)\n\n" if count == max(COUNTS) else ""
             parts.append(f"{title}\n\n{figure}{table}")
     return "\n\n".join([*parts, *settings_part(record), *rewards_part(record), *search_part(record)]) + "\n"
 
@@ -506,7 +506,7 @@ def rewards_part(record: Record) -> list[str]:
         "or white: blots of both have the most. By gradient the reward is differentiated through the one step; by "
         "preference a third network learns it from groups of eight images of a class."
     )
-    figure = "![Reward and FD](arena-rewards.png)"
+    figure = "![Reward and FD](../docs/arena-rewards.png)"
     return [f"## Rewards\n\n{wrapped(said)}\n\n{figure}\n\n{markdown(head, lines)}"]
 
 
@@ -608,6 +608,7 @@ def main() -> None:
     parser.add_argument("--until", type=float, default=float("inf"), help="begin nothing after so many seconds")
     parser.add_argument("--out", type=Path, default=Path("runs/arena"), help="where runs are kept")
     parser.add_argument("--to", type=Path, default=Path(__file__).parent, help="where the table goes")
+    parser.add_argument("--figures", type=Path, default=Path(__file__).parents[1] / "docs", help="where figures go")
     a = parser.parse_args()
     ends = time.monotonic() + a.until
     torch.set_num_threads(1)
