@@ -545,8 +545,11 @@ def plot_race(record: Record, file: Path) -> None:
         guided_rows = [r["measured"]["fd"] for r in own if r["guidance"] == GUIDANCE]
         if guided_rows:
             axes.axhline(statistics.mean(guided_rows), color="gray", linestyle=":", linewidth=1)
-            axes.annotate(f"teacher, {steps} guided steps", (0, statistics.mean(guided_rows)), fontsize=7, color="gray")
+            place = {"xy": (0.01, statistics.mean(guided_rows)), "xycoords": axes.get_yaxis_transform()}
+            axes.annotate(f"teacher, {steps} guided steps", **place, fontsize=7, color="gray", va="bottom")
     axes.set(xlabel="CPU seconds of training", ylabel="FD to real images, 4 steps", yscale="log")
+    axes.set_yticks([2, 3, 4, 5, 6, 8], list("234568"))
+    axes.minorticks_off()
     axes.legend(fontsize=7)
     figure.savefig(file, dpi=110)
     plt.close(figure)
@@ -559,7 +562,8 @@ def plot_rewards(record: Record, file: Path) -> None:
     for name, axes in zip(SCORED, panels, strict=True):
         for by, colour in (("gradient", "tab:blue"), ("preference", "tab:orange")):
             ways = [(w, of(record, f"{name}-{by}-{w:g}")) for w in REWARD_WEIGHTS[name, by]]
-            groups = [("", plain), *((f"{w:g}", [r["measured"]["4"] for r in own]) for w, own in ways if own)]
+            groups = [(f"{w:g}", [r["measured"]["4"] for r in own]) for w, own in ways if own]
+            groups = [("", plain), *groups] if by == "gradient" else groups  # preference has another cost
             at = [[statistics.mean(m[k] for m in found) for k in (name, "fd")] for _, found in groups if found]
             axes.plot(*zip(*at, strict=True), marker="o", color=colour, label=f"by {by}") if at else None
             for (weight, _), place in zip(groups, at, strict=False):
