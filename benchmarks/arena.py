@@ -133,9 +133,9 @@ OTHERS: dict[str, Racer] = {  # settings of rivals, the likeliest first
 }
 REWARD_WEIGHTS = {
     ("confidence", "gradient"): (0.1, 0.3, 1.0),
-    ("confidence", "preference"): (0.001, 1.0, 3.0),  # the first has the cost alone
+    ("confidence", "preference"): (0.001, 0.3, 1.0),  # the first has the cost alone
     ("saturation", "gradient"): (1.0, 3.0, 10.0, 30.0),
-    ("saturation", "preference"): (1.0, 3.0),
+    ("saturation", "preference"): (0.3, 1.0),
 }
 
 
@@ -409,9 +409,9 @@ def plot(a: argparse.Namespace) -> None:
     """Draw the figures of a written record."""
     record = read_record(a.to / "arena.json")
     if record is not None and any(r["stage"] == "race" for r in record.rows):
-        plot_race(record, a.to / "arena.png")
+        plot_race(record, a.figures / "arena.png")
     if record is not None and any(r["stage"] == "rewards" for r in record.rows):
-        plot_rewards(record, a.to / "arena-rewards.png")
+        plot_rewards(record, a.figures / "arena-rewards.png")
 
 
 MEASURES = {"fd": 2, "accuracy": 1, "precision": 2, "recall": 2, "diversity": 2}
@@ -448,7 +448,7 @@ def page(record: Record) -> str:
         if lines:
             title = f"## {count} step{'s' if count > 1 else ''}, {seconds_of(record):g} CPU seconds each"
             table = markdown(["method", "rate", "iterations", "CPU s", *head], [line for _, line in sorted(lines)])
-            figure = "![FD over CPU seconds, seed 0](arena.png)\n\n" if count == max(COUNTS) else ""
+            figure = "![FD over CPU seconds, seed 0](../docs/arena.png)\n\n" if count == max(COUNTS) else ""
             parts.append(f"{title}\n\n{figure}{table}")
     return "\n\n".join([*parts, *settings_part(record), *rewards_part(record), *search_part(record)]) + "\n"
 
@@ -506,7 +506,7 @@ def rewards_part(record: Record) -> list[str]:
         "or white: blots of both have the most. By gradient the reward is differentiated through the one step; by "
         "preference a third network learns it from groups of eight images of a class."
     )
-    figure = "![Reward and FD](arena-rewards.png)"
+    figure = "![Reward and FD](../docs/arena-rewards.png)"
     return [f"## Rewards\n\n{wrapped(said)}\n\n{figure}\n\n{markdown(head, lines)}"]
 
 
@@ -545,8 +545,11 @@ def plot_race(record: Record, file: Path) -> None:
         guided_rows = [r["measured"]["fd"] for r in own if r["guidance"] == GUIDANCE]
         if guided_rows:
             axes.axhline(statistics.mean(guided_rows), color="gray", linestyle=":", linewidth=1)
-            axes.annotate(f"teacher, {steps} guided steps", (0, statistics.mean(guided_rows)), fontsize=7, color="gray")
+            place = {"xy": (0.01, statistics.mean(guided_rows)), "xycoords": axes.get_yaxis_transform()}
+            axes.annotate(f"teacher, {steps} guided steps", **place, fontsize=7, color="gray", va="bottom")
     axes.set(xlabel="CPU seconds of training", ylabel="FD to real images, 4 steps", yscale="log")
+    axes.set_yticks([2, 3, 4, 5, 6, 8], list("234568"))
+    axes.minorticks_off()
     axes.legend(fontsize=7)
     figure.savefig(file, dpi=110)
     plt.close(figure)
@@ -559,7 +562,8 @@ def plot_rewards(record: Record, file: Path) -> None:
     for name, axes in zip(SCORED, panels, strict=True):
         for by, colour in (("gradient", "tab:blue"), ("preference", "tab:orange")):
             ways = [(w, of(record, f"{name}-{by}-{w:g}")) for w in REWARD_WEIGHTS[name, by]]
-            groups = [("", plain), *((f"{w:g}", [r["measured"]["4"] for r in own]) for w, own in ways if own)]
+            groups = [(f"{w:g}", [r["measured"]["4"] for r in own]) for w, own in ways if own]
+            groups = [("", plain), *groups] if by == "gradient" else groups  # preference has another cost
             at = [[statistics.mean(m[k] for m in found) for k in (name, "fd")] for _, found in groups if found]
             axes.plot(*zip(*at, strict=True), marker="o", color=colour, label=f"by {by}") if at else None
             for (weight, _), place in zip(groups, at, strict=False):
@@ -608,6 +612,7 @@ def main() -> None:
     parser.add_argument("--until", type=float, default=float("inf"), help="begin nothing after so many seconds")
     parser.add_argument("--out", type=Path, default=Path("runs/arena"), help="where runs are kept")
     parser.add_argument("--to", type=Path, default=Path(__file__).parent, help="where the table goes")
+    parser.add_argument("--figures", type=Path, default=Path(__file__).parents[1] / "docs", help="where figures go")
     a = parser.parse_args()
     ends = time.monotonic() + a.until
     torch.set_num_threads(1)

@@ -52,7 +52,7 @@ from records import (
     write_record,
 )
 
-TRAINED, COUNTS, FRESH, GUIDANCE, SEEDS = (2, 4), (1, 2, 3, 4, 5, 6), 500, Guidance(scale=1.5), (0, 1)
+TRAINED, COUNTS, FRESH, GUIDANCE, SEEDS = (2, 4), (1, 2, 3, 4, 5, 6), 500, Guidance(scale=1.5), (0,)
 FINE = 60  # steps of the trajectories, which all counts divide
 
 
@@ -190,13 +190,14 @@ def plans(a: argparse.Namespace) -> Iterator[tuple[str, int | None, int | None, 
     fresh = walked(teacher, FRESH, 10**6)
     for solver, label in (("ddim", "DDIM"), ("dpmpp", "DPM-Solver++(2M)"), ("ipndm", "iPNDM")):
         yield label, None, None, partial(measured, teacher, fresh, None, solver)
-    for seed in SEEDS:
-        for count in (50, 500):
-            paths = walked(teacher, count, 1000 * (seed + 1))
-            for rank in (3, 6):
-                yield f"shape, {rank} coordinates", count, seed, partial(shape_errors, teacher, paths, fresh, rank)
-            for label, (kind, with_own) in HEADS.items():
-                yield label, count, seed, partial(headed, teacher, paths, fresh, kind, with_own, seed, a.iterations)
+    paths = {(seed, count): walked(teacher, count, 1000 * (seed + 1)) for seed in SEEDS for count in (50, 500)}
+    for (seed, count), own in paths.items():
+        for rank in (3, 6):
+            yield f"shape, {rank} coordinates", count, seed, partial(shape_errors, teacher, own, fresh, rank)
+    for (seed, count), own in paths.items():
+        for label, (kind, with_rows_of_steps) in HEADS.items():
+            one = partial(headed, teacher, own, fresh, kind, with_rows_of_steps, seed, a.iterations)
+            yield label, count, seed, one
 
 
 def headed(
@@ -243,7 +244,8 @@ def main() -> None:
         began = CLOCK()
         row = {"method": method, "trajectories": count, "seed": seed, "error": measure(), "seconds": CLOCK() - began}
         found.append(json.loads(json.dumps(row | origin())))
-        record = new_record("arena_heads", "python benchmarks/arena_heads.py", found, SEEDS, {"fresh": FRESH})
+        common = {"fresh": FRESH, "iterations": a.iterations}
+        record = new_record("arena_heads", "python benchmarks/arena_heads.py", found, SEEDS, common)
         write_record(record, page(record), a.to)
         print(row, flush=True)
 

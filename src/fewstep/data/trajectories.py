@@ -197,7 +197,9 @@ class Trajectories:
     def draw(self, batch: int, rng: torch.Generator, device: torch.device) -> TrajectoryBatch:
         """Draw a random batch, each trajectory with its own condition."""
         picked = torch.randint(len(self.states), (batch,), generator=rng)
-        return TrajectoryBatch(sent(self.states[picked], device), self.times, self.embeddings.at(picked, device))
+        prompts = tuple(self.embeddings.prompts[i] for i in picked.tolist())
+        cond = self.embeddings.at(picked, device)
+        return TrajectoryBatch(sent(self.states[picked], device), self.times, cond, prompts)
 
 
 def generate_trajectories(

@@ -31,7 +31,7 @@ from ..objectives.denoising import denoising, transition_target
 from ..objectives.divergences import DIVERGENCES
 from ..objectives.matched_state import MatchedState
 from ..objectives.regression import REGRESSION_LOSSES
-from ..objectives.reverse_kl import SURROGATE_LOSSES, dmd_normaliser, l2
+from ..objectives.reverse_kl import SURROGATE_LOSSES
 from ..objectives.rewards import advantages, group_preference
 from ..roles.roles import SURROGATE, Role, Roles
 from ..transfer import sent
@@ -286,14 +286,7 @@ class DistributionMatching(Method):
         require_name(self)
 
     def _check_reward(self, stochastic: bool) -> None:
-        if not self.reward.weight:
-            return
-        if self.regression_weight:
-            raise ValueError(
-                f"method.reward.weight: got {self.reward.weight} with method.regression_weight="
-                f"{self.regression_weight}, whose prompts are those of the trajectories; set one of them to 0"
-            )
-        if self.reward.by == "gradient":
+        if not self._prefers:
             return
         for option, got, wanted, why in (
             ("solver", self.solver if stochastic else "", "ddim", "states that do not determine the image"),
@@ -630,7 +623,8 @@ def matching_losses(method: DistributionMatching, roles: Roles, batch: TrainBatc
     if apart:
         value = value + method.match.guidance_weight * guidance_loss(method, roles, d, batch.null, rng)
     if method.reward.weight:
-        term, logged = reward_term(method, roles, d, batch)
+        prompts = batch.prompts if walk is None else walk.prompts
+        term, logged = reward_term(method, roles, d, batch.null, prompts)
         value, metrics = value + method.reward.weight * term, metrics | logged
     if one_pass:
         loss = fake_loss(method, schedule, row, d, f_fake)
@@ -700,24 +694,25 @@ def surrogate_loss(method: DistributionMatching, roles: Roles, batch: TrainBatch
 
 
 def reward_term(
-    method: DistributionMatching, roles: Roles, d: NoisedSample, batch: TrainBatch
+    method: DistributionMatching, roles: Roles, d: NoisedSample, null: Cond, prompts: tuple[str, ...]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the reward's part of the student's loss, before its weight, and what to log.
 
     By gradient it is minus the reward of the clean estimate that the step makes. By preference it pulls the matched
-    state along `f_surrogate - f_phi` at x_tau, over DMD's normaliser: a surrogate that has learnt little pulls little.
+    state along `f_surrogate - f_phi` at x_tau, with the same surrogate loss as matching: a surrogate goes far from the
+    teacher, and `huber` takes its direction alone.
     """
     if not method.needs.surrogate:
-        rewards = scores_of(roles, d.x0, batch.prompts)
+        rewards = scores_of(roles, d.x0, prompts)
         if not rewards.requires_grad:
             raise ValueError(
                 "method.reward.by: got gradient, but this reward has none; set method.reward.by=preference"
             )
         return -rewards.mean(), {"reward": rewards.mean().detach()}
     with torch.no_grad():
-        f_teacher = roles.teacher(d.cond, batch.null, Guidance())(d.x_tau, d.tau).x0
+        f_teacher = roles.teacher(d.cond, null, Guidance())(d.x_tau, d.tau).x0
         f_surrogate = roles.denoise(SURROGATE, d.cond, d.steps)(d.x_tau, d.tau).x0
-    return l2(d.x_m, f_teacher - f_surrogate, dmd_normaliser(d.x0, f_surrogate)).mean(), {}
+    return student_loss(method, roles.backbone.schedule, d, f_teacher, f_surrogate), {}
 
 
 def regression_loss(method: DistributionMatching, schedule: Schedule, d: NoisedSample, walk: TrajectoryBatch) -> Tensor:

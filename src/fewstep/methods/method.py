@@ -39,6 +39,7 @@ class TrajectoryBatch(NamedTuple):
     states: Tensor
     times: Tensor
     cond: Cond
+    prompts: tuple[str, ...] = ()
 
 
 class TrainBatch(NamedTuple):

@@ -37,8 +37,9 @@ def judges() -> dict[str, Callable[[], Scorer]]:
     """Return what loads each metric that scores images of any prompts, by its key."""
     from ..evaluation.scorers import SCORERS  # imports transformers' models
 
+    found = dict[str, Callable[[], Scorer]](SCORERS)
     apart = (key for key, known in ENVIRONMENTS.items() if not known.clips and not known.of)
-    return SCORERS | {key: partial(environment_scorer, key, write_mp4) for key in apart}
+    return found | {key: partial(environment_scorer, key, write_mp4) for key in apart}
 
 
 def _require_named(config: RewardConfig, given: Reward | None) -> None:
