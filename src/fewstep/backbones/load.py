@@ -439,7 +439,7 @@ def family_of(source: str | Path) -> Family:
                 f"teacher: {source}: its {INDEX} cannot be read ({reason(error)}); save or download the pipeline again"
             ) from error
         raise ValueError(
-            f"teacher: {source} is no folder here, and not to be had from the hub ({_trouble(error)}); "
+            f"teacher: {source} is no folder here, and not to be had from the hub ({trouble(error)}); "
             "check the name, or pass a folder"
         ) from error
     if not isinstance(name, str) or name not in FAMILIES:
@@ -451,7 +451,7 @@ def family_of(source: str | Path) -> Family:
     return FAMILIES[name]
 
 
-def _trouble(error: Exception) -> str:
+def trouble(error: Exception) -> str:
     """Say why the hub gave nothing.
 
     Network errors hide in the chain of causes behind the errors of diffusers and the hub's client.

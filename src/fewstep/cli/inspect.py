@@ -14,7 +14,7 @@ from ..backbones.single_file import FIRST, read_checkpoint
 from ..data.texts import printable
 from ..reading import read_json, reading, require_regular
 from ..student.card import counted
-from ..student.folder import find_folder, read_card
+from ..student.folder import find_student, on_hub, read_card
 from ..student.headers import KEY
 from ..training.state import checkpoints
 from .progress import console
@@ -38,9 +38,9 @@ def run_inspect(source: str) -> None:
         values = safetensors_summary(path)
     elif (path / "run.json").is_file():
         values = run_summary(path)
-    elif (folder := find_folder(source)) is not None:
+    elif (folder := find_student(source, "inspect", weights=False)) is not None:
         card = read_card(folder)
-        values = {"student": str(folder), "NFE": counted(card), **asdict(card)}
+        values = {"student": source if on_hub(source) else str(folder), "NFE": counted(card), **asdict(card)}
     elif source in bundled() or (path / "model_index.json").is_file() or source_of(source).reading:
         teacher = load_teacher(source)
         count = sum(p.numel() for p in teacher.module.parameters())
@@ -54,6 +54,8 @@ def run_inspect(source: str) -> None:
             "hash": fingerprint(teacher.module),
             **{k: v for k, v in teacher.scheduler_config.items() if not k.startswith("_")},
         }
+    elif on_hub(source):
+        raise ValueError(f"inspect: {source} on the hub is no student; pass a student's hub id, or download the teacher")
     elif not path.exists():
         raise ValueError(
             f"inspect: there is no {source}; "

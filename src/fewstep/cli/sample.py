@@ -22,7 +22,7 @@ from ..report.video import FPS, strip, write_mp4
 from ..report.words import plural
 from ..runs.sampling import backbone_of, check_steps, sample
 from ..student.card import card_nfe
-from ..student.folder import find_folder, read_card
+from ..student.folder import find_student, read_card
 from ..student.student import Student
 from ..training.loop import default_device
 from .options import in_options
@@ -35,13 +35,24 @@ def open_model(source: str, base: str | None = None) -> Backbone | Student:
 
     Raises ValueError with one line where the source is neither.
     """
-    folder = find_folder(source)
+    folder = student_in(source)
     if folder is not None:
         return open_student(folder, base)
     if (Path(source) / "run.json").is_file():
         raise ValueError(f"student: {source} is a run without a finished student; run its command again to finish it")
     note_shadowed(source)
     return load_teacher(source, device=default_device())
+
+
+def student_in(source: str) -> Path | None:
+    """Return the folder of a student, None for anything else.
+
+    A hub id may be that of a teacher, and what is wrong with it is said where the teacher is loaded.
+    """
+    try:
+        return find_student(source, "student")
+    except ValueError:
+        return None
 
 
 def open_student(folder: Path, base: str | Backbone | None = None, dtype: torch.dtype | None = None) -> Student:
@@ -111,7 +122,7 @@ def run_sample(
     with in_options({"guidance.scale": "--guidance", "guidance.rescale": "--guidance-rescale"}):
         wished = Guidance(scale=1.0 if guidance is None else guidance, rescale=rescale or 0.0)
     require_seed(seed, "--seed")
-    if rescale is not None and find_folder(source) is not None:
+    if rescale is not None and student_in(source) is not None:
         raise ValueError(f"--guidance-rescale: got {rescale:g}, this is a student and needs no guidance; leave it out")
     model = open_model(source, base)
     prompts = prompts_of(backbone_of(model), prompts)

@@ -20,9 +20,10 @@ from ..backbones.base import Backbone
 from ..backbones.experts import PARTS, Experts
 from ..backbones.few_step import pipeline_info
 from ..backbones.files import load_network, network_places, save_lora, save_network, second_file
-from ..backbones.load import pipeline_of
+from ..backbones.load import INDEX, pipeline_of
 from ..backbones.parts import DiffusersBackbone
-from ..backbones.schedulers import student_scheduler
+from ..backbones.schedulers import load_scheduler, student_scheduler
+from ..backbones.weights import header
 from ..core import timegrid
 from ..core.schedule import Schedule
 from ..hashes import LISTING, require_listed, weight_hashes
@@ -34,10 +35,12 @@ from ..roles.step_condition import unfold, width, without_fold
 from ..tensors import read_tensors, require_floating
 from ..typed import shown, typed
 from .card import FORMAT, StudentCard, first_times, from_format_1, require_sound
-from .clients import other_programs, pair_files, write_client_file
+from .clients import client_file, other_programs, pair_files, write_client_file
 from .comfyui import workflow
 from .headers import own_header
+from .hub import find_on_hub, is_hub_id
 from .kohya import layers_of
+from .metadata import PLAIN, Shown
 from .model_card import model_card
 from .own_card import own_card
 
@@ -47,6 +50,7 @@ CONDITION_FILE = "step_condition.safetensors"
 HEAD_FILE = "trajp.safetensors"
 SCHEDULER = "scheduler"
 WORKFLOW = "comfyui-workflow.json"
+README = "README.md"
 CURVE = "curve."  # prefix of a head's curve in the head's file
 AGAIN = "export the run again"
 
@@ -74,13 +78,37 @@ def find_folder(source: str | Path) -> Path | None:
     return next((p for p in (Path(source), Path(source) / "final") if (p / FILE).is_file()), None)
 
 
+def on_hub(source: object) -> bool:
+    """Return whether a source is the hub id of a repository, and no path of this machine."""
+    return isinstance(source, str) and is_hub_id(source) and not os.path.lexists(source)
+
+
+def find_student(source: str | Path, option: str, weights: bool = True) -> Path | None:
+    """Return the student's folder of a run, of itself, or of a hub id.
+
+    A student of the hub is downloaded, without `weights` its card alone. None where there is no student. Raises
+    ValueError where the hub cannot say.
+    """
+    folder = find_folder(source)
+    if folder is not None or not isinstance(source, str) or not on_hub(source):
+        return folder
+    try:
+        return find_on_hub(source, weights)
+    except ValueError as error:
+        raise ValueError(
+            f"{option}: {source} is no student folder here, and {error}; pass a run, its final/ folder or a hub id"
+        ) from error
+
+
 def require_folder(source: str | Path, option: str) -> Path:
-    """Return the student's folder of a run or of itself.
+    """Return the student's folder of a run, of itself, or of a hub id.
 
     Raises ValueError if there is none.
     """
-    if (folder := find_folder(require_path(source, option))) is None:
-        raise ValueError(f"{option}: {source} is no student folder; pass a run or its final/ folder")
+    require_path(source, option)
+    if (folder := find_student(source, option)) is None:
+        here = f"no student folder here, and on the hub it has no {FILE}" if on_hub(source) else "no student folder"
+        raise ValueError(f"{option}: {source} is {here}; pass a run or its final/ folder")
     return folder
 
 
@@ -272,9 +300,8 @@ def _write_files(folder: Path, name: str, backbone: Backbone, parts: Parts) -> N
 
     The folder will be called `name`.
     """
-    card, file = parts.card, ""
+    card = parts.card
     schedule, config = backbone.schedule, backbone.scheduler_config
-    even = all(timegrid.even(schedule, torch.tensor(times, dtype=torch.float64)) for times in card.timesteps.values())
     if parts.network is not None:
         save_network(folder, parts.network)
     if card.weights == "lora":
@@ -292,18 +319,40 @@ def _write_files(folder: Path, name: str, backbone: Backbone, parts: Parts) -> N
         write_head(folder, parts.head)
     if parts.vectors:
         write_tensors(folder / CONDITION_FILE, {f"{k:g}": v.float() for k, v in parts.vectors.items()})
-    if card.own_network:
-        about = own_card(card, name)
-    else:
-        info = pipeline_info(pipeline_of(backbone))
+    if not card.own_network:
+        even = times_are_even(card, schedule)
         scheduler = student_scheduler(config, card.steps, card.solver[str(card.steps[0])], even)
         scheduler.save_pretrained(scheduler_path(folder))
-        elsewhere = other_programs(card, info, schedule, config, file, layers_of(parts.lora or {}), name)
-        shift = float(scheduler.config.get("shift", 1.0))
-        second = second_file(lora_path(folder)).name if info.boundary else ""
-        about = model_card(card, name, type(scheduler).__name__, info, even, elsewhere, shift=shift, second=second)
     write_json(folder / FILE, asdict(replace(card, files=weight_hashes(folder))))
-    write_text(folder / "README.md", about)
+    write_text(folder / README, page_of(folder, card, name, backbone))
+
+
+def times_are_even(card: StudentCard, schedule: Schedule) -> bool:
+    """Return whether a step count alone says a student's times."""
+    return all(timegrid.even(schedule, torch.tensor(times, dtype=torch.float64)) for times in card.timesteps.values())
+
+
+def page_of(folder: Path, card: StudentCard, name: str, backbone: Backbone, shown: Shown = PLAIN) -> str:
+    """Return the README.md of a student's folder, which readers call `name`.
+
+    The folder has the student's weights and scheduler. `backbone` is that of the base, also of meta tensors, or that
+    of the folder itself where it is a whole pipeline.
+    """
+    if card.own_network:
+        return own_card(card, name, shown)
+    info, whole = pipeline_info(pipeline_of(backbone)), (folder / INDEX).is_file()
+    schedule, scheduler = backbone.schedule, load_scheduler(scheduler_path(folder))
+    even = times_are_even(card, schedule)
+    elsewhere, second = "", ""
+    if file := client_file(card, info):
+        own = header(lora_path(folder))
+        layers = layers_of([k.removeprefix("unet.").removeprefix("transformer.") for k in own])
+        elsewhere = other_programs(card, info, schedule, backbone.scheduler_config, file, layers, name)
+        second = second_file(lora_path(folder)).name if info.boundary else ""
+    shift = float(scheduler.config.get("shift", 1.0))
+    return model_card(
+        card, name, type(scheduler).__name__, info, even, elsewhere, whole=whole, shift=shift, second=second, shown=shown
+    )
 
 
 def seal(folder: Path) -> None:
