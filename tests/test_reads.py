@@ -71,6 +71,7 @@ ALLOWED = {
     "evaluation.speed._peak": SYSTEM,
     "training.saving.free_memory": SYSTEM,
     "training.saving._numbers": SYSTEM,
+    "notebook.png_of": BYTES,
     "student.folder.write_parts": BYTES,
     "student.student.Student.save": BYTES,
     "runs.place._somebodys": BYTES,

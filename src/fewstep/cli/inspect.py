@@ -55,7 +55,7 @@ def run_inspect(source: str) -> None:
             **{k: v for k, v in teacher.scheduler_config.items() if not k.startswith("_")},
         }
     elif on_hub(source):
-        raise ValueError(f"inspect: {source} on the hub is no student; pass a student's hub id, or download the teacher")
+        raise ValueError(f"inspect: {source} on the hub is no student; pass the hub id of one")
     elif not path.exists():
         raise ValueError(
             f"inspect: there is no {source}; "

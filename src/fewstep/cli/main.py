@@ -362,8 +362,34 @@ def export(
 
 
 @app.command()
+def push(
+    student: Annotated[str, typer.Argument(metavar="RUN", help="A student folder (a run or its final/).")],
+    name: Annotated[str, typer.Argument(metavar="USER/NAME", help="The repository on the hub, new or with a student.")],
+    public: Annotated[
+        bool, typer.Option("--public", help="Let everybody see it; a new repository is private without this.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the files with their sizes, print the card, and send nothing.")
+    ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="HUB_ID", help="The base on the hub, where the student names a folder or file."),
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The base's licence, where the hub does not say it: apache-2.0.")
+    ] = None,
+) -> None:
+    """Upload a student to the Hugging Face hub, with a card, images and measurements."""
+    from .push import run_push
+
+    run_push(expanded(student), name, public, dry_run, base, licence)
+
+
+@app.command()
 def inspect(
-    file: Annotated[str, typer.Argument(help="A student or teacher folder, a run, or a .safetensors file.")],
+    file: Annotated[
+        str, typer.Argument(help="A student or teacher folder, a run, a .safetensors file, or a student's hub id.")
+    ],
 ) -> None:
     """Print what a file is: base, method, steps, times, rank, hashes."""
     from .inspect import run_inspect

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from ..findings import Check
 from ..names import visible
+from ..notebook import clock
 from ..report.words import size as said_size
 
 CLOSED = 141  # exit status of a program whose reader has left: 128 + SIGPIPE
@@ -114,7 +115,7 @@ class Meter:
         if not console.is_terminal and (now - self.last_line >= self.between or done == self.total):
             self.last_line = now
             left = (now - self.began) / max(1, done - self.first) * (self.total - done)
-            console.print(f"{self.title} {done}/{self.total}  {note}  left {_clock(left)}")
+            console.print(f"{self.title} {done}/{self.total}  {note}  left {clock(left)}")
 
 
 @contextmanager
@@ -123,11 +124,6 @@ def meter(title: str, total: int, done: int = 0) -> Iterator[Meter]:
     m = Meter(title, total, done)
     with m.bar:
         yield m
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
 def show_checks(checks: Sequence[Check], stage: str = "") -> None:

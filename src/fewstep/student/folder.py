@@ -20,7 +20,7 @@ from ..backbones.base import Backbone
 from ..backbones.experts import PARTS, Experts
 from ..backbones.few_step import pipeline_info
 from ..backbones.files import load_network, network_places, save_lora, save_network, second_file
-from ..backbones.load import INDEX, pipeline_of
+from ..backbones.load import INDEX, local, pipeline_of
 from ..backbones.parts import DiffusersBackbone
 from ..backbones.schedulers import load_scheduler, student_scheduler
 from ..backbones.weights import header
@@ -51,6 +51,7 @@ HEAD_FILE = "trajp.safetensors"
 SCHEDULER = "scheduler"
 WORKFLOW = "comfyui-workflow.json"
 README = "README.md"
+SAMPLES = "samples"  # the folder of previews in a run
 CURVE = "curve."  # prefix of a head's curve in the head's file
 AGAIN = "export the run again"
 
@@ -120,6 +121,21 @@ def holds_student(folder: Path) -> bool:
 def card_time(folder: Path) -> int:
     """Return when a student's card was written, in nanoseconds."""
     return (folder / FILE).stat().st_mtime_ns
+
+
+def preview_file(iteration: int) -> str:
+    """Return the name of a preview's file."""
+    return f"step_{iteration:06d}.png"
+
+
+def preview_of(folder: Path, card: StudentCard) -> Path:
+    """Return where the preview of a run's student is, if it was made."""
+    return folder.parent / SAMPLES / preview_file(card.iterations)
+
+
+def is_whole_pipeline(folder: Path) -> bool:
+    """Return whether a student's folder is a pipeline, which needs no base."""
+    return (folder / INDEX).is_file()
 
 
 def lora_path(folder: Path) -> Path:
@@ -332,15 +348,15 @@ def times_are_even(card: StudentCard, schedule: Schedule) -> bool:
     return all(timegrid.even(schedule, torch.tensor(times, dtype=torch.float64)) for times in card.timesteps.values())
 
 
-def page_of(folder: Path, card: StudentCard, name: str, backbone: Backbone, shown: Shown = PLAIN) -> str:
+def page_of(folder: Path, card: StudentCard, name: str, backbone: Backbone | None, shown: Shown = PLAIN) -> str:
     """Return the README.md of a student's folder, which readers call `name`.
 
     The folder has the student's weights and scheduler. `backbone` is that of the base, also of meta tensors, or that
-    of the folder itself where it is a whole pipeline.
+    of the folder itself where it is a whole pipeline; None does for a network of one's own.
     """
-    if card.own_network:
+    if card.own_network or backbone is None:
         return own_card(card, name, shown)
-    info, whole = pipeline_info(pipeline_of(backbone)), (folder / INDEX).is_file()
+    info, whole = pipeline_info(pipeline_of(backbone)), is_whole_pipeline(folder)
     schedule, scheduler = backbone.schedule, load_scheduler(scheduler_path(folder))
     even = times_are_even(card, schedule)
     elsewhere, second = "", ""
@@ -351,8 +367,60 @@ def page_of(folder: Path, card: StudentCard, name: str, backbone: Backbone, show
         second = second_file(lora_path(folder)).name if info.boundary else ""
     shift = float(scheduler.config.get("shift", 1.0))
     return model_card(
-        card, name, type(scheduler).__name__, info, even, elsewhere, whole=whole, shift=shift, second=second, shown=shown
+        card,
+        name,
+        type(scheduler).__name__,
+        info,
+        even,
+        elsewhere,
+        whole=whole,
+        shift=shift,
+        second=second,
+        shown=shown,
     )
+
+
+PARTS_OF_STUDENT = ("peft", SCHEDULER, "unet", *PARTS)  # its subfolders, besides those of a whole pipeline
+KINDS_OF_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja")  # in them
+
+
+def files_for_others(folder: Path, card: StudentCard, page: str) -> tuple[dict[str, Path | bytes], list[str]]:
+    """Return a student's files as others get them, by their place, and the places of files that are left out.
+
+    Paths of this machine are cut to their last part. What is no part of the student is left out. `card` and `page`
+    stand for those in the folder. Raises ValueError for a weight file that is missing or has changed.
+    """
+    require_listed(folder, *card.files)
+    with reading(f"student: {folder / INDEX}", AGAIN):
+        named = object_in(folder / INDEX) if is_whole_pipeline(folder) else {}
+    parts = {*PARTS_OF_STUDENT, *named}
+    found: dict[str, Path | bytes] = {}
+    left = list[str]()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        place = path.relative_to(folder)
+        top = place.parts[0]
+        if len(place.parts) == 1:
+            kept = place.suffix == ".safetensors" or place.name in (WORKFLOW, INDEX)
+        else:
+            kept = top in parts and place.suffix in KINDS_OF_FILES
+        if kept and not any(part.startswith(".") for part in place.parts):
+            found[place.as_posix()] = _without_paths(path)
+        elif place.as_posix() not in (FILE, README):
+            left.append(place.as_posix())
+    own = json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n"
+    return {README: page.encode(), FILE: own.encode(), **found}, left
+
+
+def _without_paths(path: Path) -> Path | bytes:
+    """Return a file, or its content where that names a path of this machine."""
+    if path.name != INDEX and not path.name.endswith("config.json"):
+        return path
+    with reading(f"student: {path}", AGAIN):
+        value = object_in(path)
+    named = value.get("_name_or_path")
+    if not isinstance(named, str) or not named or not local(named):
+        return path
+    return (json.dumps({**value, "_name_or_path": Path(named).name}, indent=2) + "\n").encode()
 
 
 def seal(folder: Path) -> None:

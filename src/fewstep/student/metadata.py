@@ -13,6 +13,16 @@ RELATIONS = {"lora": "adapter", "full": "finetune", "none": "adapter"}  # to the
 
 
 @dataclass(frozen=True)
+class Result:
+    """One number that was measured under a protocol, for the hub's tables."""
+
+    protocol: str
+    metric: str
+    name: str
+    value: float
+
+
+@dataclass(frozen=True)
 class Shown:
     """What a card on the hub shows beyond a student's own facts.
 
@@ -22,7 +32,7 @@ class Shown:
 
     licence: Licence | None = None
     gallery: tuple[tuple[str, str], ...] = ()
-    results: tuple[EvalResult, ...] = ()
+    results: tuple[Result, ...] = ()
     evaluation: str = ""
 
 
@@ -49,10 +59,21 @@ def header(card: StudentCard, library: str, tag: str, tags: Sequence[str], shown
         pipeline_tag=tag or None,
         tags=list(tags),
         model_name=card.name if shown.results else None,
-        eval_results=list(shown.results) or None,
+        eval_results=[_entry(result, tag) for result in shown.results] or None,
         **more,
     )
     return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _entry(result: Result, tag: str) -> EvalResult:
+    return EvalResult(
+        task_type=tag,
+        dataset_type=f"fewstep-{result.protocol}",
+        dataset_name=f"fewstep evaluate --protocol {result.protocol}",
+        metric_type=result.metric,
+        metric_name=result.name,
+        metric_value=result.value,
+    )
 
 
 def gallery(shown: Shown) -> str:

@@ -135,11 +135,7 @@ images = fewstep.sample(fewstep.load_student({at}), [""])  # or names of classes
         guidance = (
             f"conditioned on: with fewstep {served} by `guidance_scale`; the files alone are the student of the first"
         )
-    tag = (
-        ("text-to-video" if info.family.video else "text-to-image")
-        if info.family.takes_prompts
-        else "unconditional-image-generation"
-    )
+    tag = tag_of(info)
     tags = [tag, *(["lora"] if card.weights == "lora" else []), "few-step", card.method]
     own_base = (
         ""
@@ -170,6 +166,13 @@ with {plain(card.method.upper())}, from {plain(card.data)}.
 {elsewhere}{shown.evaluation}
 {licence_text(card, shown)}
 """
+
+
+def tag_of(info: PipelineInfo) -> str:
+    """Return what the hub calls a pipeline's task."""
+    if not info.family.takes_prompts:
+        return "unconditional-image-generation"
+    return "text-to-video" if info.family.video else "text-to-image"
 
 
 def licence_text(card: StudentCard, shown: Shown) -> str:

@@ -1,0 +1,271 @@
+"""Students on the hub: pushed to a hub on this machine, read from it by their id, and interrupted on the way."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+import fewstep
+from fewstep.atomic import write_json
+from fewstep.backbones.meta import meta_teacher
+from fewstep.core.guidance import Guidance
+from fewstep.report.images import Images, save_images
+from fewstep.roles.adapters import plain_state
+from fewstep.roles.roles import RolesConfig, make_roles
+from fewstep.runs.foreign import require_initial
+from fewstep.student.card import StudentCard
+from fewstep.student.folder import Parts, page_of, read_card, write_parts
+
+from .. import tiny
+from ..cli.common import error_of
+from ..cli.common import fewstep as command
+from ..hub import Hub, served, use
+
+BASE, NAME = "maker/base", "me/mine"
+PROMPTS = ("red cat", "<script>alert('x')</script> & *cat*", "key: [a, b] # no\n---\n- 'q\" {}", "猫 %s | `x`")
+CARD = StudentCard(
+    name="x-tdm-2step",
+    method="tdm",
+    base=BASE,
+    base_hash="",
+    steps=(2,),
+    timesteps={"2": [999, 499, -1]},
+    solver={"2": "ddim"},
+    prediction="v_prediction",
+    weights="lora",
+    rank=2,
+    alpha=2.0,
+    guidance=Guidance(scale=2.0),
+    licence="other",
+    iterations=1,
+    train_seconds=1.0,
+    hardware="none",
+    version="0",
+)
+ROW = {"model": "student", "steps": 2, "guidance": 1.0, "nfe": 2, "n": 8, "fd_real": 12.5, "retrieval_top1": 0.5}
+LORA = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base as a folder."""
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    tiny.pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub with the base on it."""
+    with served() as found:
+        use(found, tmp_path / "cache", monkeypatch)
+        found.add(BASE, files_in(teacher) | {"README.md": b"---\nlicense: openrail++\n---\n# A base\n"})
+        yield found
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def run_of(folder: Path, card: StudentCard = CARD, seed: int = 0) -> Path:
+    """A finished run with a student of random weights, its images and its measurements."""
+    backbone = tiny.stable_diffusion()
+    make_roles(backbone, RolesConfig(rank=2))
+    plain, settings = plain_state(backbone.module, "student")
+    state = {k: torch.rand(v.shape, generator=torch.Generator().manual_seed(seed)) for k, v in plain.items()}
+    write_parts(folder / "final", backbone, Parts(card, state, settings))
+    rows = {label: torch.rand(len(PROMPTS), 3, 8, 8) for label in ("teacher, 50 steps (100 evaluations)", MINE)}
+    save_images(folder / "images.safetensors", Images(PROMPTS, rows))
+    write_json(folder / "final" / "eval.json", {"rows": [ROW], "protocol": "own-quick", "versions": {"fewstep": "0"}})
+    (folder / "final" / "notes.txt").write_text("mine alone")
+    return folder
+
+
+MINE = "student, 2 steps (2 evaluations)"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return run_of(tmp_path / "run")
+
+
+def test_a_dry_run_lists_the_files_and_sends_nothing(
+    hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(run / "none"))
+    monkeypatch.delenv("HF_TOKEN")  # and needs no token
+    assert command(monkeypatch, "push", run, NAME, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert f"{NAME} (private): 11 files, " in said and "left out  notes.txt" in said
+    assert f"  {LORA}\n" in said and "  images/0.png\n" in said and "\n# x-tdm-2step\n" in said
+    assert not [call for call in hub.asked if not call.startswith(("GET", "HEAD"))] and NAME not in hub.repositories
+
+
+def test_a_student_is_pushed_and_read_by_its_id(
+    hub: Hub, run: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(monkeypatch, "push", run, NAME) == 0
+    assert f"{hub.url}/{NAME} (private)" in capsys.readouterr().out
+    repository, final = hub.repositories[NAME], run / "final"
+    assert repository.private and len(repository.commits) == 1
+    assert "eval.json" not in repository.files and "notes.txt" not in repository.files
+    for place in (LORA, "x-tdm-2step-kohya.safetensors", "scheduler/scheduler_config.json"):
+        assert repository.files[place] == (final / place).read_bytes()
+    base = fewstep.load_teacher(teacher)
+    wanted = fewstep.load(base, final)("red cat", generator=torch.Generator().manual_seed(0), output_type="np").images
+    for _ in ("asked", "from the cache"):
+        found = fewstep.load(base, NAME)("red cat", generator=torch.Generator().manual_seed(0), output_type="np").images
+        assert (found == wanted).all()
+        assert read_card(require_initial(NAME)) == read_card(
+            fewstep.api.load_student(NAME, base) and require_initial(NAME)
+        )
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def test_the_card_is_valid_and_shows_every_letter(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert command(monkeypatch, "push", run, NAME) == 0
+    files = hub.repositories[NAME].files
+    content = files["README.md"].decode()
+    data = ModelCard(content).data
+    assert (data.license, data.base_model, data.base_model_relation) == ("openrail++", BASE, "adapter")
+    assert [w["text"] for w in data.widget] == list(PROMPTS)
+    assert all(files[w["output"]["url"]].startswith(b"\x89PNG") for w in data.widget)
+    found = {(r.metric_type, r.metric_value, r.metric_name) for r in data.eval_results}
+    assert found == {
+        ("fd_real", 12.5, "FD to real images (2 steps)"),
+        ("retrieval_top1", 50.0, "Prompt match, top 1, % (2 steps)"),
+    }
+    assert "<script>" not in content.split("\n---\n", 1)[1] and "<Gallery />" in content
+    assert f'pipe.load_lora_weights("{NAME}")' in content and "| student | 2 | 1.0 | 2 | 8 | 12.5 |" in content
+    assert json.loads(files["fewstep.json"])["licence"] == "openrail++"
+
+
+def test_an_interrupted_push_shows_nothing_and_the_second_finishes(
+    hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.drop_after = 1
+    assert command(monkeypatch, "push", run, NAME, "--public") == 2
+    assert f"the upload to {NAME} broke off" in error_of(capsys)
+    left = hub.repositories[NAME]
+    assert left.private and set(left.files) == {".gitattributes"} and len(hub.uploads) == 1
+    hub.drop_after = -1
+    assert command(monkeypatch, "push", run, NAME, "--public") == 0
+    assert not left.private and len(left.commits) == 1 and LORA in left.files
+    assert len(hub.uploads) == len(set(hub.uploads)), "what was sent is not sent again"
+
+
+def test_a_newer_student_replaces_the_files_of_the_older_one(
+    hub: Hub, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command(monkeypatch, "push", run, NAME) == 0
+    hub.repositories[NAME].files["USE_POLICY.txt"] = b"theirs"
+    newer = run_of(tmp_path / "newer", replace(CARD, name="y-tdm-2step"), seed=1)
+    assert command(monkeypatch, "push", newer, NAME) == 0
+    files = hub.repositories[NAME].files
+    assert "y-tdm-2step-kohya.safetensors" in files and "x-tdm-2step-kohya.safetensors" not in files
+    assert files["USE_POLICY.txt"] == b"theirs" and files[LORA] == (newer / "final" / LORA).read_bytes()
+
+
+def test_nothing_of_this_machine_is_uploaded(
+    hub: Hub, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of(tmp_path / "run", replace(CARD, base=str(teacher)))
+    assert command(monkeypatch, "push", run, NAME) == 2
+    assert "--licence: got none, and its base is tiny, of this machine" in error_of(capsys)
+    assert command(monkeypatch, "push", run, NAME, "--licence", "mit") == 0
+    files = hub.repositories[NAME].files
+    assert not [place for place, data in files.items() if str(teacher.parent).encode() in data]
+    assert ModelCard(files["README.md"].decode()).data.get("base_model") is None
+    assert command(monkeypatch, "push", run, NAME, "--base", BASE) == 0
+    assert ModelCard(hub.repositories[NAME].files["README.md"].decode()).data.base_model == BASE
+
+
+@pytest.mark.parametrize(
+    ("header", "options", "said"),
+    [
+        (
+            "license: openrail++",
+            ["--licence", "mit"],
+            "the base maker/base has openrail++, which its students have too",
+        ),
+        ("license: cc-by-nc-nd-4.0", ["--public"], "forbids to share what is made from it"),
+        ("tags: [x]", [], "--licence: got none, and maker/base on the hub names none"),
+        ("license: mit", ["--licence", "a b"], "allowed are the hub's names"),
+        ("license: mit", ["--base", "/home/x"], "--base: got '/home/x', allowed are hub ids"),
+        ("license: mit", ["--base", "no/body"], "the hub has no no/body, or it is private"),
+    ],
+)
+def test_the_licence_is_the_bases(
+    header: str,
+    options: list[str],
+    said: str,
+    hub: Hub,
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    hub.repositories[BASE].files["README.md"] = f"---\n{header}\n---\n".encode()
+    assert command(monkeypatch, "push", run, NAME, *options) == 2
+    assert said in error_of(capsys)
+    assert NAME not in hub.repositories
+
+
+def test_a_push_that_cannot_be_is_refused_in_one_line(
+    hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.add(NAME, {".gitattributes": b"", "model.safetensors": b"somebody's"})
+    assert command(monkeypatch, "push", run, NAME) == 2
+    assert "is there already and holds no student (model.safetensors and 0 more)" in error_of(capsys)
+    assert command(monkeypatch, "push", run, "no-user") == 2
+    assert "NAME: got 'no-user', allowed are USER/NAME" in error_of(capsys)
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_reader")
+    assert command(monkeypatch, "push", run, "me/new") == 2
+    assert "the hub does not let this token write to me/new; run: hf auth login" in error_of(capsys)
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(run / "none"))
+    assert command(monkeypatch, "push", run, NAME) == 2
+    assert error_of(capsys).startswith("error: push: there is no token for the hub; run: hf auth login")
+    lora = run / "final" / LORA
+    lora.write_bytes(lora.read_bytes()[:-1] + b"\0")
+    assert command(monkeypatch, "push", run, NAME, "--dry-run") == 2
+    assert "is damaged or was changed" in error_of(capsys)
+
+
+def test_what_is_no_student_on_the_hub_is_named(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, said in (
+        (("evaluate", BASE), "on the hub it has no fewstep.json"),
+        (("inspect", BASE), f"inspect: {BASE} on the hub is no student"),
+        (
+            ("export", "no/body", "out"),
+            "no/body is no student folder here, and the hub has no no/body, or it is private",
+        ),
+    ):
+        assert command(monkeypatch, *arguments) == 2
+        assert said in error_of(capsys)
+    hub.drop_after = 0
+    assert command(monkeypatch, "inspect", "no/body") == 2
+    assert "no/body is not to be had from the hub" in error_of(capsys)
+
+
+def test_inspect_downloads_the_card_alone(
+    hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(monkeypatch, "push", run, NAME) == 0
+    capsys.readouterr()
+    assert command(monkeypatch, "inspect", NAME) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("student ") and NAME in said and "x-tdm-2step" in said
+    assert not [call for call in hub.asked if call.startswith("GET") and call.endswith(".safetensors")]
+
+
+def test_a_card_is_the_same_without_the_bases_weights(run: Path, teacher: Path) -> None:
+    """What is pushed is rendered from configurations alone."""
+    final = run / "final"
+    assert page_of(final, read_card(final), "final", meta_teacher(teacher)) == (final / "README.md").read_text()
