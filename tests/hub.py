@@ -47,13 +47,20 @@ class Hub:
     drop_after: int = -1  # large files after which every connection is dropped; -1: never
     asked: list[str] = field(default_factory=list)
 
+    def reset(self, kept: str) -> None:
+        """Forget everything but one repository, and let every call succeed."""
+        self.repositories = {kept: self.repositories[kept]}
+        self.stored, self.uploads, self.asked, self.drop_after = {}, [], [], -1
+
     def add(self, name: str, files: dict[str, bytes], private: bool = False) -> None:
         """Put a repository there."""
         self.repositories[name] = Repository(private, files=dict(files))
 
 
-class DroppedError(Exception):
-    """The connection ends here."""
+def header_of(card: str) -> Any:
+    """The header of a card, which the hub finds between two lines."""
+    found = re.match(r"^\s*---[\r\n]+([\S\s]*?)[\r\n]+---(\r\n|\n|$)", card)
+    return yaml.safe_load(found[1]) if found else None
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -129,9 +136,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def validate(self, content: str) -> None:
         """Check a card's header as the hub does: YAML between two lines."""
-        found = re.match(r"^\s*---[\r\n]+([\S\s]*?)[\r\n]+---(\r\n|\n|$)", content)
-        data = yaml.safe_load(found[1]) if found else None
-        wrong = [] if isinstance(data, dict) else [{"message": "no header"}]
+        wrong = [] if isinstance(header_of(content), dict) else [{"message": "no header"}]
         self.answer({"errors": wrong, "warnings": []}, 400 if wrong else 200)
 
     def model(self, name: str, what: str, sent: bytes, known: bool) -> None:
@@ -140,8 +145,7 @@ class Handler(BaseHTTPRequestHandler):
         if repository is None or (repository.private and not known):
             self.refuse("RepoNotFound", 404 if known else 401)
         elif what == "" or what.startswith("revision/"):
-            card = repository.files.get("README.md", b"").decode()
-            header = yaml.safe_load(card.split("---\n")[1]) if card.startswith("---\n") else None
+            header = header_of(repository.files.get("README.md", b"").decode())
             self.answer({
                 "_id": "1", "id": name, "modelId": name, "sha": repository.head, "private": repository.private,
                 "gated": "auto" if repository.gated else False, "tags": [], "downloads": 0, "likes": 0,
@@ -159,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
                 for f in json.loads(sent)["files"]
             ]})  # fmt: skip
         elif what.startswith("commit/"):
-            self.commit(repository, [json.loads(line) for line in sent.splitlines()])
+            self.commit(name, repository, [json.loads(line) for line in sent.splitlines()])
         elif what == "settings":
             repository.private = json.loads(sent).get("visibility", "") == "private" or json.loads(sent).get(
                 "private", False
@@ -168,7 +172,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.refuse("EntryNotFound")
 
-    def commit(self, repository: Repository, lines: list[dict[str, Any]]) -> None:
+    def commit(self, name: str, repository: Repository, lines: list[dict[str, Any]]) -> None:
         """Change the files of a repository, all at once."""
         files = dict(repository.files)
         for line in lines:
@@ -181,7 +185,7 @@ class Handler(BaseHTTPRequestHandler):
                 del files[value["path"]]
         repository.files = files
         repository.commits.append(files)
-        self.answer({"commitUrl": f"{self.hub.url}/commit", "commitOid": repository.head})
+        self.answer({"commitUrl": f"{self.hub.url}/{name}/commit/{repository.head}", "commitOid": repository.head})
 
     def batch(self, asked: dict[str, Any]) -> None:
         """Say where large files go, and which are there."""

@@ -24,7 +24,7 @@ from fewstep.student.folder import Parts, page_of, read_card, write_parts
 from .. import tiny
 from ..cli.common import error_of
 from ..cli.common import fewstep as command
-from ..hub import Hub, served, use
+from ..hub import Hub, Repository, served, use
 
 BASE, NAME = "maker/base", "me/mine"
 PROMPTS = ("red cat", "<script>alert('x')</script> & *cat*", "key: [a, b] # no\n---\n- 'q\" {}", "猫 %s | `x`")
@@ -59,13 +59,31 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def hub(tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub with the base on it."""
-    with served() as found:
-        use(found, tmp_path / "cache", monkeypatch)
-        found.add(BASE, files_in(teacher) | {"README.md": b"---\nlicense: openrail++\n---\n# A base\n"})
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Iterator[Hub]:
+    """A hub with the base on it, and a cache of what was downloaded."""
+    with served() as found, pytest.MonkeyPatch.context() as patch:
+        use(found, tmp_path_factory.mktemp("cache"), patch)
+        found.add(BASE, files_in(teacher))
         yield found
+
+
+@pytest.fixture
+def hub(server: Hub) -> Hub:
+    """The hub with nothing but the base."""
+    server.reset(BASE)
+    server.repositories[BASE].files["README.md"] = b"---\nlicense: openrail++\n---\n# A base\n"
+    return server
+
+
+@pytest.fixture(scope="module")
+def pushed(server: Hub, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Repository]:
+    """A run, and the repository that `fewstep push` made of it."""
+    server.repositories[BASE].files["README.md"] = b"---\nlicense: openrail++\n---\n# A base\n"
+    run = run_of(tmp_path_factory.mktemp("pushed") / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        assert command(patch, "push", run, NAME) == 0
+    return run, server.repositories[NAME]
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -101,35 +119,32 @@ def test_a_dry_run_lists_the_files_and_sends_nothing(
     monkeypatch.delenv("HF_TOKEN")  # and needs no token
     assert command(monkeypatch, "push", run, NAME, "--dry-run") == 0
     said = capsys.readouterr().out
-    assert f"{NAME} (private): 11 files, " in said and "left out  notes.txt" in said
+    assert f"{NAME} (private): 9 files, " in said and "left out  notes.txt" in said
     assert f"  {LORA}\n" in said and "  images/0.png\n" in said and "\n# x-tdm-2step\n" in said
     assert not [call for call in hub.asked if not call.startswith(("GET", "HEAD"))] and NAME not in hub.repositories
 
 
-def test_a_student_is_pushed_and_read_by_its_id(
-    hub: Hub, run: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_student_that_was_pushed_is_read_by_its_id(
+    hub: Hub, pushed: tuple[Path, Repository], teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert command(monkeypatch, "push", run, NAME) == 0
-    assert f"{hub.url}/{NAME} (private)" in capsys.readouterr().out
-    repository, final = hub.repositories[NAME], run / "final"
+    (run, repository), base = pushed, fewstep.load_teacher(teacher)
+    final, hub.repositories[NAME] = run / "final", repository
     assert repository.private and len(repository.commits) == 1
     assert "eval.json" not in repository.files and "notes.txt" not in repository.files
     for place in (LORA, "x-tdm-2step-kohya.safetensors", "scheduler/scheduler_config.json"):
         assert repository.files[place] == (final / place).read_bytes()
-    base = fewstep.load_teacher(teacher)
-    wanted = fewstep.load(base, final)("red cat", generator=torch.Generator().manual_seed(0), output_type="np").images
+    call = {"num_inference_steps": 2, "output_type": "np"}
+    wanted = fewstep.load(base, final)("red cat", generator=torch.Generator().manual_seed(0), **call).images
     for _ in ("asked", "from the cache"):
-        found = fewstep.load(base, NAME)("red cat", generator=torch.Generator().manual_seed(0), output_type="np").images
+        found = fewstep.load(base, NAME)("red cat", generator=torch.Generator().manual_seed(0), **call).images
         assert (found == wanted).all()
-        assert read_card(require_initial(NAME)) == read_card(
-            fewstep.api.load_student(NAME, base) and require_initial(NAME)
-        )
+        assert fewstep.load_student(NAME, base).card == replace(read_card(final), licence="openrail++")
+        assert read_card(require_initial(NAME)).name == CARD.name
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
-def test_the_card_is_valid_and_shows_every_letter(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert command(monkeypatch, "push", run, NAME) == 0
-    files = hub.repositories[NAME].files
+def test_the_card_is_valid_and_shows_every_letter(pushed: tuple[Path, Repository]) -> None:
+    files = pushed[1].files
     content = files["README.md"].decode()
     data = ModelCard(content).data
     assert (data.license, data.base_model, data.base_model_relation) == ("openrail++", BASE, "adapter")
@@ -143,6 +158,16 @@ def test_the_card_is_valid_and_shows_every_letter(hub: Hub, run: Path, monkeypat
     assert "<script>" not in content.split("\n---\n", 1)[1] and "<Gallery />" in content
     assert f'pipe.load_lora_weights("{NAME}")' in content and "| student | 2 | 1.0 | 2 | 8 | 12.5 |" in content
     assert json.loads(files["fewstep.json"])["licence"] == "openrail++"
+
+
+def test_inspect_downloads_the_card_alone(
+    hub: Hub, pushed: tuple[Path, Repository], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.repositories[NAME] = pushed[1]
+    assert command(monkeypatch, "inspect", NAME) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("student ") and NAME in said and "x-tdm-2step" in said
+    assert not [call for call in hub.asked if call.startswith("GET") and call.endswith(".safetensors")]
 
 
 def test_an_interrupted_push_shows_nothing_and_the_second_finishes(
@@ -252,17 +277,6 @@ def test_what_is_no_student_on_the_hub_is_named(
     hub.drop_after = 0
     assert command(monkeypatch, "inspect", "no/body") == 2
     assert "no/body is not to be had from the hub" in error_of(capsys)
-
-
-def test_inspect_downloads_the_card_alone(
-    hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command(monkeypatch, "push", run, NAME) == 0
-    capsys.readouterr()
-    assert command(monkeypatch, "inspect", NAME) == 0
-    said = capsys.readouterr().out
-    assert said.startswith("student ") and NAME in said and "x-tdm-2step" in said
-    assert not [call for call in hub.asked if call.startswith("GET") and call.endswith(".safetensors")]
 
 
 def test_a_card_is_the_same_without_the_bases_weights(run: Path, teacher: Path) -> None:

@@ -15,7 +15,7 @@ import yaml
 from ..atomic import write_json
 from ..backbones.base import Backbone
 from ..backbones.encoders import others, put
-from ..backbones.load import at_size, fingerprint, fused, load_teacher, quiet
+from ..backbones.load import at_size, fused, quiet
 from ..backbones.meta import require_loadable
 from ..backbones.unconditional import PixelModel
 from ..core import timegrid
@@ -61,10 +61,11 @@ from .before import look_before, look_in_dry_run
 from .best import Best, measured_by, stalled
 from .evaluate import EVALUATION, check_measures, measure_step, split_prompts
 from .finish import errors_along, finish, shape_seen, write_best
+from .loading import hashed, loaded
 from .options import in_options
-from .plan import plans_of, show
+from .plan import plan_values, plans_of, show
 from .preflight import held, note_shadowed
-from .progress import OnScreen, console, count_in, meter
+from .progress import OnScreen, console, count_in, meter, put_result, working
 from .prompts import say_of_prompts, training_prompts
 from .run_record import command_line, run_record
 from .signals import stop_request
@@ -107,6 +108,9 @@ def run_distill(
     )
     with held(run):
         run_stages(recipe, run, source, [*overrides, *(f"{key}={text}" for key, text in given.items())], log_to)
+    if is_first():
+        files = {"student": run / "final", "report": run / REPORT}
+        put_result({"run": run.resolve(), "stopped": False, **{k: path.resolve() for k, path in files.items()}})
 
 
 def run_stages(recipe: DistillRecipe, run: Path, source: str, overrides: list[str], log_to: Sequence[str] = ()) -> None:
@@ -147,10 +151,10 @@ def teacher_of(recipe: DistillRecipe, run: Path, together: bool = False) -> tupl
     """
 
     def load() -> tuple[Backbone, str]:
-        teacher = load_teacher(
+        teacher = loaded(
             recipe.teacher, getattr(torch, recipe.dtype), "cpu", recipe.size, known_encoders(run / EMBEDDINGS)
         )
-        base_hash = fingerprint(teacher.module)
+        base_hash = hashed(teacher.module)
         quantize(teacher, recipe.roles.quantize)
         put(others(teacher), default_device())
         return teacher, base_hash
@@ -283,6 +287,7 @@ def run_stage(
             trackers.finish()
     if stopped:
         console.print(f"stopped after iteration {log.iteration}; the same command resumes:\n  {command_line()}")
+        put_result({"run": run.resolve(), "stopped": True, "iteration": log.iteration})
         sys.exit(130)
     if not first:
         return
@@ -538,7 +543,9 @@ def print_dry_run(recipe: DistillRecipe, run: Path) -> None:
     """
     initial_folder(recipe)
     require_loadable(recipe.teacher)
-    teacher, plans = plans_of(recipe)
+    with working("counting its memory"):
+        teacher, plans = plans_of(recipe)
+    put_result({"run": run, "plans": [plan_values(made) for made in plans]})
     check_initial(recipe, teacher)
     check_measures(recipe, teacher)
     prompts = list(training_split(recipe, teacher).trained)

@@ -28,7 +28,7 @@ from ..typed import typed
 from ..zoo.pixel_data import read_pixel_data
 from .extra import ending, extra_of
 from .preflight import require_output
-from .progress import console, meter
+from .progress import console, meter, put_result
 from .prompts import prompts_from
 from .rivals import rival_rows
 from .sample import open_student
@@ -82,6 +82,7 @@ def run_evaluate(
     write_json(path, result)
     print_table(result)
     console.print(str(path.resolve()))
+    put_result({**result, "file": path.resolve()})
 
 
 EVALUATION = "evaluation"  # the folder of measurements, in a run or beside a student

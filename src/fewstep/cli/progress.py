@@ -1,19 +1,32 @@
-"""Progress on the screen: a bar, or lines without a terminal.
+"""Progress on the screen: one live line on a terminal, plain lines in a log.
 
-The bar shows losses, speed and time left.
+`--quiet` shows none, and with `--json` it goes to the standard error: the standard output has the result alone.
 """
 
 import io
+import json
+import math
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, HighlighterType, JustifyMethod, OverflowMethod
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.style import Style
 from rich.text import Text
 
@@ -34,6 +47,7 @@ class Plain(Console):
 
     def __init__(self, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
+        self.shows_progress, self.json = True, False
 
     def render_str(
         self,
@@ -82,6 +96,95 @@ def show_all_letters() -> None:
 
 console = Plain()
 WORTH_SAYING = 2**20  # bytes
+PATIENCE = 2.0  # seconds before something is worth a line
+BETWEEN, MOST_BETWEEN = 10.0, 60.0  # seconds between lines of a log; the time doubles
+
+
+def set_output(quiet: bool | None = None, as_json: bool | None = None) -> None:
+    """Set what goes to the screen, and where: `--quiet` and `--json`."""
+    if quiet is not None:
+        console.shows_progress = not quiet
+    if as_json is not None:
+        console.json = console.stderr = as_json
+
+
+def put_result(value: Mapping[str, Any]) -> None:
+    """Print a result as one line of JSON, where that was asked for.
+
+    Numbers that JSON lacks become null, and paths texts.
+    """
+    if console.json:
+        sys.stdout.write(json.dumps(_plain(value), ensure_ascii=True) + "\n")
+        sys.stdout.flush()
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON has it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+@contextmanager
+def working(title: str, total: int = 0) -> Iterator["Working"]:
+    """Show that something goes on, where it takes longer than `PATIENCE`.
+
+    What it yields is told how many of `total` are done, from which the time left is estimated. Without a `total` the
+    time so far is shown.
+    """
+    state, over = Working(title, total), threading.Event()
+    shown = threading.Thread(target=_show_working, args=(state, over), daemon=True)
+    if console.shows_progress and not console.quiet:
+        shown.start()
+    try:
+        yield state
+    finally:
+        over.set()
+        if shown.ident is not None:
+            shown.join()
+
+
+@dataclass
+class Working:
+    """How far something is that goes on."""
+
+    title: str
+    total: int
+    done: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    def __call__(self, done: int) -> None:
+        """Say how many are done."""
+        self.done = done
+
+    def __str__(self) -> str:
+        so_far = time.monotonic() - self.began
+        if not self.total or not self.done:
+            return f"{self.title}: {clock(so_far)} so far"
+        left = so_far / self.done * max(0, self.total - self.done)
+        return f"{self.title}: {100 * min(self.done, self.total) / self.total:.0f} %, {clock(left)} left"
+
+
+def _show_working(state: Working, over: threading.Event) -> None:
+    """Show work until it is over: a live line, or lines of a log."""
+    if over.wait(PATIENCE):
+        return
+    if console.is_terminal:
+        with Progress(SpinnerColumn(), TextColumn("{task.description}", markup=False), console=console, transient=True,
+                      refresh_per_second=5) as bar:  # fmt: skip
+            line = bar.add_task(visible(str(state), lines=False), total=None)
+            while not over.wait(0.2):
+                bar.update(line, description=visible(str(state), lines=False))
+        return
+    console.print(f"{state.title} ...")
+    between = BETWEEN
+    while not over.wait(between):
+        console.print(str(state))
+        between = min(2 * between, MOST_BETWEEN)
 
 
 class Meter:
@@ -102,7 +205,7 @@ class Meter:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=not console.is_terminal or not console.shows_progress,
         )
         self.task = self.bar.add_task(visible(title, lines=False), total=total, completed=done, note="")
 
@@ -112,8 +215,10 @@ class Meter:
         note = "  ".join(f"{k} {v:.3g}" for k, v in numbers.items())
         self.bar.update(self.task, completed=done, note=note)
         now = time.monotonic()
-        if not console.is_terminal and (now - self.last_line >= self.between or done == self.total):
-            self.last_line = now
+        if console.is_terminal or not console.shows_progress:
+            return
+        if now - self.last_line >= self.between or done == self.total:
+            self.last_line, self.between = now, min(2 * self.between, MOST_BETWEEN)
             left = (now - self.began) / max(1, done - self.first) * (self.total - done)
             console.print(f"{self.title} {done}/{self.total}  {note}  left {clock(left)}")
 
@@ -147,7 +252,7 @@ class OnScreen:
 
     def writing(self, path: Path, size: int) -> None:
         """Print the size of a large file before it is written."""
-        if size >= WORTH_SAYING:
+        if size >= WORTH_SAYING and console.shows_progress:
             console.print(f"writing {visible(str(path), lines=False)}: {count_in(size, path.parent)}", markup=False)
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from ..backbones.load import quiet
 from ..report.words import plural, size
 from ..runs.push import Pushed, to_push
-from ..student.hub import require_token, upload
-from .progress import console
+from ..student.hub import require_token, upload, without_bars
+from .progress import console, put_result, working
 
 
 def run_push(source: str, name: str, public: bool, dry: bool, base: str | None, licence: str | None) -> None:
@@ -14,14 +14,32 @@ def run_push(source: str, name: str, public: bool, dry: bool, base: str | None, 
     quiet()
     if not dry:
         require_token()
-    pushed = to_push(source, name, base, licence, public, dry)
+    with without_bars(), working("reading the student"):
+        pushed = to_push(source, name, base, licence, public, dry)
     for note in pushed.notes:
         console.print(f"note: {note}", markup=False)
+    files = {place: bytes_of(file) for place, file in pushed.files.items()}
+    about = {"name": name, "public": public, "files": files, "left_out": pushed.left_out, "notes": pushed.notes}
     if dry:
         show(pushed, public)
+        put_result({**about, "card": pushed.card})
         return
     console.print(f"uploading {said_files(pushed)} to {name}", markup=False)
-    console.print(upload(name, pushed.files, public, "Upload a student of fewstep"), markup=False)
+    address = sent(pushed, public)
+    console.print(address, markup=False)
+    put_result({**about, "address": address})
+
+
+def sent(pushed: Pushed, public: bool) -> str:
+    """Upload, and return the address.
+
+    On a terminal the hub's client shows bars of its own; in a log there are lines.
+    """
+    said = "Upload a student of fewstep"
+    if console.is_terminal and console.shows_progress:
+        return upload(pushed.name, pushed.files, public, said)
+    with without_bars(), working(f"uploading to {pushed.name}"):
+        return upload(pushed.name, pushed.files, public, said)
 
 
 def said_files(pushed: Pushed) -> str:

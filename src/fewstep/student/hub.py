@@ -27,6 +27,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from ..backbones.experts import PARTS
 from ..backbones.load import trouble
@@ -145,6 +146,16 @@ def upload(name: str, files: Mapping[str, Path | bytes], public: bool, said: str
         if public and info.private:
             api.update_repo_settings(name, private=False)
     return f"{api.endpoint}/{name} ({'public' if public or not info.private else 'private'})"
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Show no bars of the hub's client while the block runs."""
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 @contextmanager

@@ -374,16 +374,16 @@ class Student:
         finally:
             self.adapter.switch(False)
 
-    def base_note(self) -> str:
+    def base_note(self, found: str = "") -> str:
         """Say if the base's weights differ from those of the training.
 
-        Empty if the weights are the same.
+        Empty if the weights are the same. `found` is the base's fingerprint, where it is known.
         """
         card, backbone = self.card, self.backbone if self.base is None else self.base
-        if (
-            not card.base_hash
-            or (found := fingerprint(backbone.module, through=getattr(torch, card.dtype))) == card.base_hash
-        ):
+        if not card.base_hash:
+            return ""
+        found = found or fingerprint(backbone.module, through=getattr(torch, card.dtype))
+        if found == card.base_hash:
             return ""
         return (
             f"the base {backbone.name} has other weights (SHA-256 {found}...) "
