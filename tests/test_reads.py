@@ -72,6 +72,7 @@ ALLOWED = {
     "training.saving.free_memory": SYSTEM,
     "training.saving._numbers": SYSTEM,
     "notebook.png_of": BYTES,
+    "notebook._narrow": OURS,
     "student.folder.write_parts": BYTES,
     "student.student.Student.save": BYTES,
     "runs.place._somebodys": BYTES,

@@ -1,6 +1,6 @@
-"""What a notebook shows: a bar with time left, and images beside texts.
+"""What a notebook shows.
 
-IPython is used where a notebook has loaded it, and needed nowhere.
+Bars with the time left, and images beside texts. IPython is used where a notebook has loaded it, and needed nowhere.
 """
 
 import base64
@@ -67,9 +67,9 @@ def _narrow(image: bytes) -> bytes:
 
 @dataclass
 class Board:
-    """One output of a cell: a bar with time left, and the newest image.
+    """One output of a cell.
 
-    `show` changes it. An image stays until there is another one.
+    A bar with the time left, and the newest image. `show` changes them. An image stays until there is another one.
     """
 
     title: str

@@ -46,6 +46,7 @@ def test_a_terminal_has_one_live_line_that_goes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(console, "_force_terminal", True)
+    monkeypatch.setenv("TERM", "xterm")
     with working("loading [red]x"):
         time.sleep(0.5)
     said = capsys.readouterr().out
@@ -100,9 +101,9 @@ def test_json_is_the_only_line_of_the_standard_output(
 ) -> None:
     assert fewstep(monkeypatch, "recipes", "cifar10", "--json") == 0
     said = capsys.readouterr()
-    assert list(json.loads(said.out)["recipes"]) == ["cifar10-trajpl"] and "cifar10-trajpl" in said.err
+    assert "cifar10-trajpl" in json.loads(said.out)["recipes"] and "cifar10-trajpl" in said.err
     assert fewstep(monkeypatch, "recipes", "cifar10") == 0
-    assert capsys.readouterr().out.startswith("cifar10-trajpl ")
+    assert "\ncifar10-trajpl " in capsys.readouterr().out
     assert fewstep(monkeypatch, "inspect", "nowhere", "--json") == 2
     assert capsys.readouterr().out == ""
 

@@ -281,9 +281,9 @@ def backbone_of(family: Family, pipe: DiffusionPipeline, name: str) -> Any:
 
 
 def download(source: str | Path) -> None:
-    """Download a pipeline of the hub to the cache, where it is not there.
+    """Download a pipeline of the hub to the cache.
 
-    Nothing else is done to any other source. Raises ValueError as `load_teacher` does.
+    Nothing is done to any other source. Raises ValueError as `load_teacher` does.
     """
     given = source_of(source)
     if hub_id(given.place) and not is_file(given.place):

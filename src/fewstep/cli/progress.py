@@ -1,6 +1,7 @@
-"""Progress on the screen: one live line on a terminal, plain lines in a log.
+"""Progress on the screen.
 
-`--quiet` shows none, and with `--json` it goes to the standard error: the standard output has the result alone.
+A terminal has one live line, a log has plain lines. `--quiet` shows none. With `--json` they go to the standard
+error, and the standard output has the result alone.
 """
 
 import io
@@ -48,6 +49,11 @@ class Plain(Console):
     def __init__(self, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
         self.shows_progress, self.json = True, False
+
+    @property
+    def live(self) -> bool:
+        """Whether a line on the screen can change."""
+        return self.is_terminal and not self.is_dumb_terminal
 
     def render_str(
         self,
@@ -109,9 +115,9 @@ def set_output(quiet: bool | None = None, as_json: bool | None = None) -> None:
 
 
 def put_result(value: Mapping[str, Any]) -> None:
-    """Print a result as one line of JSON, where that was asked for.
+    """Print a result as one line of JSON.
 
-    Numbers that JSON lacks become null, and paths texts.
+    Only where that was asked for. Numbers that JSON lacks become null, and paths texts.
     """
     if console.json:
         sys.stdout.write(json.dumps(_plain(value), ensure_ascii=True) + "\n")
@@ -170,10 +176,10 @@ class Working:
 
 
 def _show_working(state: Working, over: threading.Event) -> None:
-    """Show work until it is over: a live line, or lines of a log."""
+    """Show work until it is over."""
     if over.wait(PATIENCE):
         return
-    if console.is_terminal:
+    if console.live:
         with Progress(SpinnerColumn(), TextColumn("{task.description}", markup=False), console=console, transient=True,
                       refresh_per_second=5) as bar:  # fmt: skip
             line = bar.add_task(visible(str(state), lines=False), total=None)
@@ -205,7 +211,7 @@ class Meter:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal or not console.shows_progress,
+            disable=not console.live or not console.shows_progress,
         )
         self.task = self.bar.add_task(visible(title, lines=False), total=total, completed=done, note="")
 
@@ -215,7 +221,7 @@ class Meter:
         note = "  ".join(f"{k} {v:.3g}" for k, v in numbers.items())
         self.bar.update(self.task, completed=done, note=note)
         now = time.monotonic()
-        if console.is_terminal or not console.shows_progress:
+        if console.live or not console.shows_progress:
             return
         if now - self.last_line >= self.between or done == self.total:
             self.last_line, self.between = now, min(2 * self.between, MOST_BETWEEN)

@@ -36,7 +36,7 @@ def sent(pushed: Pushed, public: bool) -> str:
     On a terminal the hub's client shows bars of its own; in a log there are lines.
     """
     said = "Upload a student of fewstep"
-    if console.is_terminal and console.shows_progress:
+    if console.live and console.shows_progress:
         return upload(pushed.name, pushed.files, public, said)
     with without_bars(), working(f"uploading to {pushed.name}"):
         return upload(pushed.name, pushed.files, public, said)
@@ -53,7 +53,7 @@ def bytes_of(file: Path | bytes) -> int:
 
 
 def show(pushed: Pushed, public: bool) -> None:
-    """Print the files with their sizes, what is left out, and the card."""
+    """Print files with sizes, what is left out, and the card."""
     console.print(f"{pushed.name} ({'public' if public else 'private'}): {said_files(pushed)}; nothing is sent")
     for place, file in sorted(pushed.files.items()):
         console.print(f"{size(bytes_of(file)):>12}  {place}", markup=False)

@@ -1,4 +1,4 @@
-"""A student as a repository on the hub: files, card, images and measurements."""
+"""A student as a repository on the hub."""
 
 import re
 from collections.abc import Mapping
@@ -143,9 +143,9 @@ def gallery_of(folder: Path, card: StudentCard) -> list[tuple[str, str, bytes]]:
 
 
 def measured(folder: Path) -> tuple[tuple[Result, ...], str]:
-    """Return what `fewstep evaluate` measured: for the hub's table, and as a section.
+    """Return what `fewstep evaluate` measured.
 
-    Both are empty where nothing was measured.
+    Once for the hub's table, and once as a section of the card. Both are empty where nothing was measured.
     """
     found = read_evaluation(folder / "eval.json")
     rows, protocol = found.get("rows", []), found.get("protocol", "")

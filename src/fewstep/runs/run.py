@@ -120,9 +120,9 @@ def steps_of(run: Run) -> Generator[Step, None, None]:
 
 
 def shown(steps: Generator[Step, None, None], run: Run) -> Generator[Step, None, None]:
-    """Yield the steps of a run, and show them as one output of a notebook's cell.
+    """Yield the steps of a run, and show them in a notebook.
 
-    A bar with losses and time left, and the newest preview below.
+    One output has a bar with losses and time left, and the newest preview below.
     """
     board: Board | None = None
     with closing(steps):

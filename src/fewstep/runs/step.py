@@ -39,9 +39,9 @@ class Step(loop.Step):
         return f"Step({self.iteration}: {known}; {self.seconds:.3g} s, {self.seconds_left:.0f} s left)"
 
     def _repr_html_(self) -> str:
-        """Show the step in a notebook, with the newest preview where there is one.
+        """Show the step in a notebook.
 
-        No network is run.
+        With the newest preview, where there is one. No network is run.
         """
         return as_html(repr(self), png_of(self.image))
 

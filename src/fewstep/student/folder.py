@@ -80,15 +80,15 @@ def find_folder(source: str | Path) -> Path | None:
 
 
 def on_hub(source: object) -> bool:
-    """Return whether a source is the hub id of a repository, and no path of this machine."""
+    """Return whether a source is a hub id, and no local path."""
     return isinstance(source, str) and is_hub_id(source) and not os.path.lexists(source)
 
 
 def find_student(source: str | Path, option: str, weights: bool = True) -> Path | None:
-    """Return the student's folder of a run, of itself, or of a hub id.
+    """Find the student's folder of a source.
 
-    A student of the hub is downloaded, without `weights` its card alone. None where there is no student. Raises
-    ValueError where the hub cannot say.
+    The source is a run, a student's folder, or a hub id. A student of the hub is downloaded, without `weights` its
+    card alone. None where there is no student. Raises ValueError where the hub cannot say.
     """
     folder = find_folder(source)
     if folder is not None or not isinstance(source, str) or not on_hub(source):
@@ -102,7 +102,7 @@ def find_student(source: str | Path, option: str, weights: bool = True) -> Path 
 
 
 def require_folder(source: str | Path, option: str) -> Path:
-    """Return the student's folder of a run, of itself, or of a hub id.
+    """Return the student's folder of a source, as `find_student` does.
 
     Raises ValueError if there is none.
     """
@@ -129,7 +129,7 @@ def preview_file(iteration: int) -> str:
 
 
 def preview_of(folder: Path, card: StudentCard) -> Path:
-    """Return where the preview of a run's student is, if it was made."""
+    """Return where the preview of a run's student would be."""
     return folder.parent / SAMPLES / preview_file(card.iterations)
 
 
@@ -385,10 +385,11 @@ KINDS_OF_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja")  # in the
 
 
 def files_for_others(folder: Path, card: StudentCard, page: str) -> tuple[dict[str, Path | bytes], list[str]]:
-    """Return a student's files as others get them, by their place, and the places of files that are left out.
+    """Return a student's files as others get them, by their place.
 
-    Paths of this machine are cut to their last part. What is no part of the student is left out. `card` and `page`
-    stand for those in the folder. Raises ValueError for a weight file that is missing or has changed.
+    Also returns the places of the files that are left out, which are no part of the student. Paths of this machine
+    are cut to their last part. `card` and `page` stand for those in the folder. Raises ValueError for a weight file
+    that is missing or has changed.
     """
     require_listed(folder, *card.files)
     with reading(f"student: {folder / INDEX}", AGAIN):
@@ -412,7 +413,7 @@ def files_for_others(folder: Path, card: StudentCard, page: str) -> tuple[dict[s
 
 
 def _without_paths(path: Path) -> Path | bytes:
-    """Return a file, or its content where that names a path of this machine."""
+    """Return a file, or its content without a local path."""
     if path.name != INDEX and not path.name.endswith("config.json"):
         return path
     with reading(f"student: {path}", AGAIN):

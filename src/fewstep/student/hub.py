@@ -66,10 +66,10 @@ def is_hub_id(text: str) -> bool:
 
 
 def find_on_hub(name: str, weights: bool = True) -> Path | None:
-    """Return the folder of a student on the hub, downloaded to the cache.
+    """Return the folder of a student on the hub.
 
-    Without `weights` there is its card alone. None where the repository is no student. What is in the cache serves
-    where the hub cannot be asked. Raises ValueError with the cause in one line, which names no option.
+    It is downloaded to the cache. Without `weights` there is its card alone. None where the repository is no student.
+    What is in the cache serves where the hub cannot be asked. Raises ValueError with the cause in one line, which names no option.
     """
     with _asking(name):
         try:
@@ -89,7 +89,7 @@ def find_on_hub(name: str, weights: bool = True) -> Path | None:
 
 @dataclass(frozen=True)
 class Base:
-    """What the hub says of a base: its licence, and whether it is gated."""
+    """What the hub says of a base."""
 
     licence: Licence | None
     gated: bool
@@ -160,7 +160,7 @@ def without_bars() -> Iterator[None]:
 
 @contextmanager
 def _asking(name: str) -> Iterator[None]:
-    """Turn whatever the hub's client raises into a ValueError that names the cause."""
+    """Turn whatever the hub's client raises into a ValueError."""
     try:
         yield
     except OfflineModeIsEnabled as error:

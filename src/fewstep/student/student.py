@@ -132,9 +132,9 @@ class Student:
         return f"Student({card.name}: {card.method} of {card.base}, {served}, {weights})"
 
     def _repr_html_(self) -> str:
-        """Show the student in a notebook, with the preview of its run where there is one.
+        """Show the student in a notebook.
 
-        No network is run.
+        With the preview of its run, where there is one. No network is run.
         """
         return as_html(repr(self), None if self.folder is None else png_of(preview_of(self.folder, self.card)))
 
