@@ -159,7 +159,7 @@ def sample(
         str,
         typer.Argument(
             help=(
-                "A student folder (a run or its final/), or a teacher: "
+                "A student (a run, its final/, a hub id), or a teacher: "
                 "bundled, a diffusers folder, a hub id, a checkpoint."
             )
         ),
@@ -212,7 +212,7 @@ def sample(
 
 @app.command()
 def evaluate(
-    student: Annotated[str, typer.Argument(help="A student folder (a run or its final/).")] = "",
+    student: Annotated[str, typer.Argument(help="A student: a run, its final/, or a hub id.")] = "",
     protocol: Annotated[
         str | None,
         typer.Option(
@@ -246,7 +246,7 @@ def evaluate(
             "--out",
             parser=_path,
             metavar="PATH",
-            help="JSON file to write; eval.json in the student's folder by default.",
+            help="JSON file to write; eval.json in the student's folder (or NAME-evaluation/) by default.",
         ),
     ] = None,
     metrics: Annotated[
@@ -294,7 +294,7 @@ def _listed(text: str) -> tuple[str, ...]:
 
 Students = Annotated[
     list[str] | None,
-    typer.Argument(metavar="RUN", help="Student folders (a run or its final/); RUN@STEPS for another step count."),
+    typer.Argument(metavar="RUN", help="Students: runs, their final/, or hub ids; RUN@STEPS for another step count."),
 ]
 WithTeacher = Annotated[
     bool, typer.Option("--teacher/--no-teacher", help="Also sample the teacher, in 50 guided steps.")
@@ -332,7 +332,7 @@ def study(
         list[str] | None,
         typer.Argument(
             metavar="RUN",
-            help="Student folders (a run or its final/); RUN@STEPS for another step count. With --count, answers.",
+            help="Students: runs, their final/, or hub ids; RUN@STEPS for another step count. With --count, answers.",
         ),
     ] = None,
     prompts: Annotated[
@@ -365,7 +365,7 @@ def study(
 
 @app.command()
 def export(
-    student: Annotated[str, typer.Argument(help="A student folder (a run or its final/).")],
+    student: Annotated[str, typer.Argument(help="A student: a run, its final/, or a hub id.")],
     folder: Annotated[Path, typer.Argument(parser=_path, metavar="DIR", help="A new folder to write.")],
     format_: Annotated[
         str,

@@ -15,18 +15,28 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..atomic import open_to_others, sync, sync_all, temporary_beside, unwritten, write_json, write_tensors, write_text
+from ..atomic import (
+    open_to_others,
+    sync,
+    sync_all,
+    temporary_beside,
+    unwritten,
+    utf8,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from ..backbones.base import Backbone
 from ..backbones.experts import PARTS, Experts
 from ..backbones.few_step import pipeline_info
-from ..backbones.files import load_network, network_places, save_lora, save_network, second_file
+from ..backbones.files import NETWORK_FILE, load_network, network_places, save_lora, save_network, second_file
 from ..backbones.load import INDEX, local, pipeline_of
 from ..backbones.parts import DiffusersBackbone
 from ..backbones.schedulers import load_scheduler, student_scheduler
 from ..backbones.weights import header
 from ..core import timegrid
 from ..core.schedule import Schedule
-from ..hashes import LISTING, require_listed, weight_hashes
+from ..hashes import LISTING, UNLISTED, require_listed, weight_hashes
 from ..heads.curve import Curve
 from ..heads.head import Facts, Head, kind_of, make_head
 from ..names import read_name, require_path
@@ -395,21 +405,22 @@ def files_for_others(folder: Path, card: StudentCard, page: str) -> tuple[dict[s
     with reading(f"student: {folder / INDEX}", AGAIN):
         named = object_in(folder / INDEX) if is_whole_pipeline(folder) else {}
     parts = {*PARTS_OF_STUDENT, *named}
+    first = lora_path(folder)
+    own = (first.name, second_file(first).name, CONDITION_FILE, HEAD_FILE, NETWORK_FILE)  # old cards list no files
     found: dict[str, Path | bytes] = {}
     left = list[str]()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         place = path.relative_to(folder)
         top = place.parts[0]
         if len(place.parts) == 1:
-            kept = place.suffix == ".safetensors" or place.name in (WORKFLOW, INDEX)
+            kept = place.name in (*card.files, *own, WORKFLOW, INDEX) or place.name.endswith(UNLISTED)
         else:
             kept = top in parts and place.suffix in KINDS_OF_FILES
         if kept and not any(part.startswith(".") for part in place.parts):
             found[place.as_posix()] = _without_paths(path)
         elif place.as_posix() not in (FILE, README):
             left.append(place.as_posix())
-    own = json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n"
-    return {README: page.encode(), FILE: own.encode(), **found}, left
+    return {README: utf8(page), FILE: utf8(json.dumps(asdict(card), indent=2) + "\n"), **found}, left
 
 
 def _without_paths(path: Path) -> Path | bytes:
@@ -418,10 +429,9 @@ def _without_paths(path: Path) -> Path | bytes:
         return path
     with reading(f"student: {path}", AGAIN):
         value = object_in(path)
-    named = value.get("_name_or_path")
-    if not isinstance(named, str) or not named or not local(named):
-        return path
-    return (json.dumps({**value, "_name_or_path": Path(named).name}, indent=2) + "\n").encode()
+    named = {key: text for key in ("_name_or_path", "name_or_path") if isinstance(text := value.get(key), str)}
+    cut = {key: Path(text).name for key, text in named.items() if text and local(text)}
+    return utf8(json.dumps({**value, **cut}, indent=2) + "\n") if cut else path
 
 
 def seal(folder: Path) -> None:

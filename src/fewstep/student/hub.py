@@ -69,7 +69,8 @@ def find_on_hub(name: str, weights: bool = True) -> Path | None:
     """Return the folder of a student on the hub.
 
     It is downloaded to the cache. Without `weights` there is its card alone. None where the repository is no student.
-    What is in the cache serves where the hub cannot be asked. Raises ValueError with the cause in one line, which names no option.
+    What is in the cache serves where the hub cannot be asked. Raises ValueError with the cause in one line, which
+    names no option.
     """
     with _asking(name):
         try:
@@ -130,12 +131,13 @@ def upload(name: str, files: Mapping[str, Path | bytes], public: bool, said: str
     with _writing(name):
         api.create_repo(name, private=True, exist_ok=True)
         info = api.model_info(name, timeout=SECONDS)
-        there = {s.rfilename for s in info.siblings or ()}
-        if LISTING not in there and not there <= EMPTY:
-            raise ValueError(
-                f"push: {name} on the hub is there already and holds no student ({sorted(there - EMPTY)[0]} and "
-                f"{len(there - EMPTY) - 1} more); choose another name"
-            )
+    there = {s.rfilename for s in info.siblings or ()}
+    if LISTING not in there and not there <= EMPTY:
+        raise ValueError(
+            f"push: {name} on the hub is there already and holds no student ({sorted(there - EMPTY)[0]} and "
+            f"{len(there - EMPTY) - 1} more); choose another name"
+        )
+    with _writing(name):
         old = sorted(f for f in there - files.keys() if f.endswith(OURS)) if LISTING in there else []
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             CommitOperationAdd(place, content if isinstance(content, bytes) else str(content))
@@ -191,8 +193,8 @@ def _writing(name: str) -> Iterator[None]:
         if status == 400:
             raise ValueError(f"push: the hub refused it ({reason(error)})") from error
         raise interrupted(name, error) from error
-    except ValueError:
-        raise
+    except ValueError as error:  # of the hub's client, which looks at what is sent
+        raise ValueError(f"push: the hub refused it ({reason(error)})") from error
     except Exception as error:  # the network raises a different type for each kind of trouble
         raise interrupted(name, error) from error
 
