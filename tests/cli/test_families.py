@@ -87,6 +87,7 @@ def test_videos_of_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "size: got 32, allowed for videos are width, height and frames" in error_of(capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [

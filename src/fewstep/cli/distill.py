@@ -544,7 +544,8 @@ def print_dry_run(recipe: DistillRecipe, run: Path) -> None:
     initial_folder(recipe)
     require_loadable(recipe.teacher)
     with working("counting its memory"):
-        teacher, plans = plans_of(recipe)
+        plans = plans_of(recipe)
+    teacher = plans[0].hollow.teacher
     put_result({"run": run, "plans": [plan_values(made) for made in plans]})
     check_initial(recipe, teacher)
     check_measures(recipe, teacher)

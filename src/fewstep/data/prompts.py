@@ -21,6 +21,7 @@ from ..backbones.base import Backbone, Cond
 from ..backbones.encoders import at_once
 from ..backbones.modules import dtype_of
 from ..backbones.parts import SizeConditioned
+from ..core.indices import evenly_spaced
 from ..processes import any_rank, barrier, this_process
 from ..transfer import all_sent
 from .packed import Packed, pack, packed, packed_bytes
@@ -369,7 +370,7 @@ def embedding_bytes(backbone: Backbone, prompts: Sequence[str]) -> int:
 
     With fake (meta) tensors, which have no padding to be told, the bytes at most.
     """
-    few = [prompts[i] for i in torch.linspace(0, len(prompts) - 1, min(FEW, len(prompts))).long().tolist()]
+    few = [prompts[i] for i in evenly_spaced(len(prompts), FEW)]
     encoded = Encoding(backbone, few, "", len(few)).encode(few)
     hollow = any(isinstance(v, FakeTensor) for v in encoded.values())
     taken = sum(v.nbytes for v in encoded.values()) if hollow else packed_bytes(encoded)
