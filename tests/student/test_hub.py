@@ -1,6 +1,9 @@
 """Students on the hub: pushed to a hub on this machine, read from it by their id, and interrupted on the way."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image, ImageChops
 
 import fewstep
 from fewstep.atomic import write_json
@@ -24,7 +28,7 @@ from fewstep.student.folder import Parts, page_of, read_card, write_parts
 from .. import tiny
 from ..cli.common import error_of
 from ..cli.common import fewstep as command
-from ..hub import Hub, Repository, served, use
+from ..hub import TOKEN, Hub, Repository, served, use
 
 BASE, NAME = "maker/base", "me/mine"
 PROMPTS = ("red cat", "<script>alert('x')</script> & *cat*", "key: [a, b] # no\n---\n- 'q\" {}", "猫 %s | `x`")
@@ -283,3 +287,27 @@ def test_a_card_is_the_same_without_the_bases_weights(run: Path, teacher: Path) 
     """What is pushed is rendered from configurations alone."""
     final = run / "final"
     assert page_of(final, read_card(final), "final", meta_teacher(teacher)) == (final / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_another_program_uses_it_by_its_id(
+    hub: Hub, pushed: tuple[Path, Repository], teacher: Path, tmp_path: Path
+) -> None:
+    """The card's snippet, without fewstep, and the command line: base and student both come from the hub."""
+    run, repository = pushed
+    hub.repositories[NAME] = repository
+    snippet = repository.files["README.md"].decode().split("```python\n")[1].split("```")[0]
+    code = f"{snippet.replace('a prompt', 'red cat')}\nimage.save('snippet.png')\n"
+    assert "fewstep" not in code and NAME in code and BASE in code
+    own = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
+    environment = {**os.environ, **own, "HF_HUB_DISABLE_XET": "1"}
+    for arguments in (["-c", code], ["-m", "fewstep", "sample", NAME, "-p", "red cat", "--json"]):
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["files"] == [str(tmp_path / "sample.png")]
+    pipe = fewstep.load(fewstep.load_teacher(teacher), run / "final")
+    (wanted,) = pipe("red cat", generator=torch.Generator().manual_seed(0)).images
+    with Image.open(tmp_path / "snippet.png") as found:
+        assert ImageChops.difference(found, wanted).getextrema() == ((0, 0),) * 3

@@ -268,9 +268,10 @@ def run_stage(
         (run / BEST / BEST_FILE).unlink(missing_ok=True)  # left by another training
     with distributed_errors():
         # Networks whose weights are sharded sample in all processes or in none.
-        preview = (
-            Preview(drawing_of(recipe), teacher, shown[0], run if first else None) if first or sharded(recipe) else None
-        )
+        preview: Preview | None = None
+        if first or sharded(recipe):
+            with working("drawing the previews of the teacher"):
+                preview = Preview(drawing_of(recipe), teacher, shown[0], run if first else None)
         keep = (
             partial(write_best, run, recipe, roles, base_hash, preview)
             if first and recipe.preview.keep_best and not sharded(recipe)
@@ -357,7 +358,8 @@ def training(
     """
     start, last, trend = log.iteration, recipe.train.iterations, Trend()
     if not start and preview is not None:
-        judge(recipe, Step(0, {}, 0.0, roles, recipe.method), preview, log, split)
+        with working("drawing the first preview"):
+            judge(recipe, Step(0, {}, 0.0, roles, recipe.method), preview, log, split)
     with stop_request() as request, meter(recipe.name, last, start) as bar, closing(steps):
         if start and log.path is not None and stalled(log.path.parent, recipe):
             restore(roles, log.path.parent)  # it has ended early, and is not trained on
