@@ -210,8 +210,14 @@ def test_nothing_of_this_machine_is_uploaded(
     files = hub.repositories[NAME].files
     assert not [place for place, data in files.items() if str(teacher.parent).encode() in data]
     assert ModelCard(files["README.md"].decode()).data.get("base_model") is None
+    terms = b"---\nlicense: other\nlicense_name: x-non-commercial\nlicense_link: LICENSE.md\n---\n"
+    hub.repositories[BASE].files["README.md"] = terms
+    capsys.readouterr()
     assert command(monkeypatch, "push", run, NAME, "--base", BASE) == 0
-    assert ModelCard(hub.repositories[NAME].files["README.md"].decode()).data.base_model == BASE
+    assert "note: the base's licence other (x-non-commercial) is non-commercial" in capsys.readouterr().out
+    data = ModelCard(hub.repositories[NAME].files["README.md"].decode()).data
+    assert (data.base_model, data.license_name) == (BASE, "x-non-commercial")
+    assert data.license_link == f"{hub.url}/{BASE}/blob/main/LICENSE.md"
 
 
 @pytest.mark.parametrize(
@@ -225,6 +231,7 @@ def test_nothing_of_this_machine_is_uploaded(
         ("license: cc-by-nc-nd-4.0", ["--public"], "forbids to share what is made from it"),
         ("tags: [x]", [], "--licence: got none, and maker/base on the hub names none"),
         ("license: mit", ["--licence", "a b"], "allowed are the hub's names"),
+        ("license: other\nlicense_name: x-nc", ["--licence", "mit"], "maker/base has other (x-nc)"),
         ("license: mit", ["--base", "/home/x"], "--base: got '/home/x', allowed are hub ids"),
         ("license: mit", ["--base", "no/body"], "the hub has no no/body, or it is private"),
     ],
@@ -251,7 +258,7 @@ def test_a_push_that_cannot_be_is_refused_in_one_line(
     assert command(monkeypatch, "push", run, NAME) == 2
     assert "is there already and holds no student (model.safetensors and 0 more)" in error_of(capsys)
     assert command(monkeypatch, "push", run, "no-user") == 2
-    assert "NAME: got 'no-user', allowed are USER/NAME" in error_of(capsys)
+    assert "USER/NAME: got 'no-user', allowed are names" in error_of(capsys)
     monkeypatch.setenv("HF_TOKEN", "hf_of_a_reader")
     assert command(monkeypatch, "push", run, "me/new") == 2
     assert "the hub does not let this token write to me/new; run: hf auth login" in error_of(capsys)

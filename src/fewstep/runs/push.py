@@ -50,7 +50,7 @@ def to_push(source: str, name: str, base: str | None, licence: str | None, publi
     the hub need not be reached. Raises ValueError.
     """
     if not is_hub_id(name):
-        raise ValueError(f"NAME: got {visible(name, lines=False)!r}, allowed are USER/NAME as the hub has them")
+        raise ValueError(f"USER/NAME: got {visible(name, lines=False)!r}, allowed are names as the hub has them")
     if base is not None and (not is_hub_id(base) or base in bundled()):
         raise ValueError(f"--base: got {visible(base, lines=False)!r}, allowed are hub ids such as owner/name")
     folder = require_folder(source, "RUN")
@@ -104,7 +104,7 @@ def licence_of(card: StudentCard, base: str | None, given: str | None, dry: bool
                 return (None if given is None else Licence(given)), [f"its licence was not compared: {error}"]
             raise ValueError(f"push: {error}") from error
     else:
-        known = Base(None, gated=False)
+        known = Base(None if card.licence == "other" else Licence(card.licence), gated=False)
     if known.licence is None and given is None:
         where = f"{named} on the hub names none" if named else f"its base is {called(card.base)}, of this machine"
         raise ValueError(f"--licence: got none, and {where}; pass the base's, such as apache-2.0, openrail++ or other")

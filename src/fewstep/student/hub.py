@@ -108,7 +108,10 @@ def base_on_hub(name: str) -> Base:
         return Base(None, bool(info.gated))
     more = {key: info.card_data.get(f"license_{key}") for key in ("name", "link")} if info.card_data else {}
     texts = {key: value for key, value in more.items() if isinstance(value, str)}
-    return Base(Licence(told, texts.get("name", ""), texts.get("link", "")), bool(info.gated))
+    link = texts.get("link", "")
+    if link and "://" not in link:  # a file of the base's repository
+        link = f"{HfApi().endpoint}/{name}/blob/main/{link.lstrip('/')}"
+    return Base(Licence(told, texts.get("name", ""), link), bool(info.gated))
 
 
 def require_token() -> None:

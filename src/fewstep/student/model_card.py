@@ -179,7 +179,7 @@ def licence_text(card: StudentCard, shown: Shown) -> str:
     """Say which licence a student has."""
     if shown.licence is None or card.own_network:
         return "The licence of the base model applies to this student."
-    where = f", {shown.licence.link}" if shown.licence.link.startswith("https://") else ""
+    where = f", {shown.licence.link}" if "://" in shown.licence.link else ""
     return f"The licence of the base model applies to this student: {plain(str(shown.licence))}{plain(where)}."
 
 
