@@ -46,7 +46,7 @@ def test_a_terminal_has_one_live_line_that_goes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(console, "_force_terminal", True)
-    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(console, "is_interactive", True)
     with working("loading [red]x"):
         time.sleep(0.5)
     said = capsys.readouterr().out

@@ -53,7 +53,7 @@ class Plain(Console):
     @property
     def live(self) -> bool:
         """Whether a line on the screen can change."""
-        return self.is_terminal and not self.is_dumb_terminal
+        return self.is_terminal and self.is_interactive
 
     def render_str(
         self,
@@ -112,6 +112,7 @@ def set_output(quiet: bool | None = None, as_json: bool | None = None) -> None:
         console.shows_progress = not quiet
     if as_json is not None:
         console.json = console.stderr = as_json
+        console.is_interactive = console.is_terminal and not console.is_dumb_terminal  # of the stream from now on
 
 
 def put_result(value: Mapping[str, Any]) -> None:
