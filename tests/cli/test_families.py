@@ -149,7 +149,7 @@ def test_imitation_then_matching(family: str, tmp_path: Path, monkeypatch: pytes
         (
             "sd3",
             {"method": {"steps": 2, "solver": "dpmpp", "warmup": 0}},
-            "method.solver: got dpmpp, students of this family are exported for ddim alone",
+            "method.solver: got dpmpp, students of this family are exported for ddim or renoise",
         ),
         (
             "cogvideox",

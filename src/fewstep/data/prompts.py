@@ -170,9 +170,17 @@ class Embeddings:
         self.key = key  # a hash of the encoder's identity and the prompts
         self.encoded = encoded  # prompts that were encoded this time; 0 if the cache was used
 
+    def choose(self, batch: int, rng: torch.Generator, group: int = 1) -> Tensor:
+        """Draw the indices [batch] of random prompts, on the CPU.
+
+        `group` neighbours have one prompt.
+        """
+        drawn = torch.randint(self.count, (batch // group,), generator=rng, device=rng.device).cpu()
+        return drawn if group == 1 else drawn.repeat_interleave(group)
+
     def draw(self, batch: int, rng: torch.Generator, device: torch.device) -> Cond:
         """Draw the conditions of `batch` random prompts."""
-        return self.at(torch.randint(self.count, (batch,), generator=rng, device=rng.device).cpu(), device)
+        return self.at(self.choose(batch, rng), device)
 
     def at(self, index: slice | Tensor, device: torch.device) -> Cond:
         """Return the conditions of some prompts."""

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Protocol
 
@@ -37,6 +37,7 @@ from ..data.trajectories import (
 )
 from ..methods.method import Method
 from ..notebook import Board, in_notebook
+from ..objectives.rewards import Reward
 from ..processes import distributed_errors, is_first, this_process
 from ..report.words import plural, size
 from ..roles.roles import Roles, RolesConfig
@@ -46,6 +47,7 @@ from ..training.saving import CheckpointSize, checkpoint_size
 from ..words import speaks_python
 from .encoder_record import EncoderRecord, encoder_files
 from .init import roles_for
+from .rewards import reward_of
 from .trajectory_sources import student_source, trajectory_times
 
 EMBEDDINGS = "embeddings"  # the folder of a run for what was encoded
@@ -80,6 +82,7 @@ class RunSpec:
     images: ImageSource | None = None
     trajectories: TrajectoryConfig | None = None
     init_from: Path | None = None
+    reward: Reward | None = None  # a function; None: the one that the method names
 
     @property
     def data(self) -> str:
@@ -223,6 +226,7 @@ def prepare(
     method = spec.method
     spec.train.on(this_process().num_processes)  # refuse before the first encoding
     require_exportable(teacher, method)
+    reward = reward_of(method, spec.reward)
     cache = None if place is None else place / EMBEDDINGS
     identity = identity_of(teacher, spec.prompts, cache)
     with encoding_on(teacher, device_of(teacher.module)):
@@ -246,6 +250,7 @@ def prepare(
             empty(network)
     on_meta = sharded and spec.init_from is None
     roles = roles_for(teacher, method, spec.roles, spec.train.seed, trajectories, spec.init_from, progress.say, on_meta)
+    roles = replace(roles, reward=reward)
     if run is not None:
         progress.say(checkpoint_words(checkpoint_size(roles, spec.train)))
     return Prepared(roles, data, images, trajectories)

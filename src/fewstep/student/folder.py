@@ -32,7 +32,7 @@ from ..backbones.few_step import pipeline_info
 from ..backbones.files import NETWORK_FILE, load_network, network_places, save_lora, save_network, second_file
 from ..backbones.load import INDEX, local, pipeline_of
 from ..backbones.parts import DiffusersBackbone
-from ..backbones.schedulers import load_scheduler, student_scheduler
+from ..backbones.schedulers import load_scheduler, student_scheduler, visits_alone
 from ..backbones.weights import header
 from ..core import timegrid
 from ..core.schedule import Schedule
@@ -62,6 +62,8 @@ SCHEDULER = "scheduler"
 WORKFLOW = "comfyui-workflow.json"
 README = "README.md"
 SAMPLES = "samples"  # the folder of previews in a run
+PARTS_OF_STUDENT = ("peft", SCHEDULER, "unet", *PARTS)  # its subfolders, besides those of a whole pipeline
+KINDS_OF_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja")  # in them
 CURVE = "curve."  # prefix of a head's curve in the head's file
 AGAIN = "export the run again"
 
@@ -368,7 +370,7 @@ def page_of(folder: Path, card: StudentCard, name: str, backbone: Backbone | Non
         return own_card(card, name, shown)
     info, whole = pipeline_info(pipeline_of(backbone)), is_whole_pipeline(folder)
     schedule, scheduler = backbone.schedule, load_scheduler(scheduler_path(folder))
-    even = times_are_even(card, schedule)
+    alone = visits_alone(backbone.scheduler_config, card.solver[str(card.steps[0])], times_are_even(card, schedule))
     elsewhere, second = "", ""
     if file := client_file(card, info):
         own = header(lora_path(folder))
@@ -381,17 +383,13 @@ def page_of(folder: Path, card: StudentCard, name: str, backbone: Backbone | Non
         name,
         type(scheduler).__name__,
         info,
-        even,
+        alone,
         elsewhere,
         whole=whole,
         shift=shift,
         second=second,
         shown=shown,
     )
-
-
-PARTS_OF_STUDENT = ("peft", SCHEDULER, "unet", *PARTS)  # its subfolders, besides those of a whole pipeline
-KINDS_OF_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja")  # in them
 
 
 def files_for_others(folder: Path, card: StudentCard, page: str) -> tuple[dict[str, Path | bytes], list[str]]:

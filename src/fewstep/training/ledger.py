@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..backbones.kinds import Operations
 from ..roles.sharding import local_part
-from .kinds import Operations
 
 Result = TypeVar("Result")
 # Operations on lists of tensors that change these and allocate nothing. Fake tensors take long for them.

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..backbones.base import Backbone
+from ..backbones.kinds import Operations
 from ..backbones.parts import blocks_of
 from ..data.images import ImageData
 from ..data.prompts import Embeddings
 from ..data.trajectories import Trajectories
 from ..methods.method import Method
+from ..objectives.rewards import REWARDS
 from ..roles.roles import Roles
-from .kinds import Operations
 from .ledger import MemoryTracker, module_bytes, storage_bytes
 from .loop import TrainConfig, distill
 from .once import Calls, Costs
@@ -82,6 +83,8 @@ def training_bytes(
     # One step needs as much memory as four: the steps without gradient hold less.
     begun = method.one_step()
     roles = make()  # outside of the tracker: unquantized base weights exist only before
+    if method.needs.reward:
+        roles = replace(roles, reward=REWARDS["brightness"])  # the networks of others are not counted
     hollow(roles)
     trained = {role: list(own.values()) for role, own in roles.trained.items()}
     parameters = [p for own in trained.values() for p in own]

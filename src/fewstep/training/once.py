@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from ..backbones.kinds import Kind, Operations, kind_of
 from ..backbones.parts import innermost_blocks
-from .kinds import Kind, Operations, kind_of
 from .ledger import MemoryTracker, storage_bytes
 
 Trained = Mapping[Any, Mapping[str, nn.Parameter]]  # role -> name -> parameter

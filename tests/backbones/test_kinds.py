@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from fewstep.training.kinds import Operations, form_of
+from fewstep.backbones.kinds import Operations, form_of
 
 ATEN = torch.ops.aten
 CASES: dict[str, tuple[Any, Callable[[Tensor], tuple[Any, ...]], dict[str, Any]]] = {
