@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -137,7 +138,7 @@ def test_a_student_that_was_pushed_is_read_by_its_id(
     assert "eval.json" not in repository.files and "notes.txt" not in repository.files
     for place in (LORA, "x-tdm-2step-kohya.safetensors", "scheduler/scheduler_config.json"):
         assert repository.files[place] == (final / place).read_bytes()
-    call = {"num_inference_steps": 2, "output_type": "np"}
+    call: dict[str, Any] = {"num_inference_steps": 2, "output_type": "np"}
     wanted = fewstep.load(base, final)("red cat", generator=torch.Generator().manual_seed(0), **call).images
     for _ in ("asked", "from the cache"):
         found = fewstep.load(base, NAME)("red cat", generator=torch.Generator().manual_seed(0), **call).images

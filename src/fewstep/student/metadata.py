@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -46,7 +47,7 @@ def header(card: StudentCard, library: str, tag: str, tags: Sequence[str], shown
     """
     licence = shown.licence or Licence(card.licence)
     base = hub_id(card.base) if not card.own_network else ""
-    more = {
+    more: dict[str, Any] = {
         "base_model_relation": RELATIONS[card.weights] if base else None,
         "widget": [{"text": text, "output": {"url": file}} for text, file in shown.gallery] or None,
     }
