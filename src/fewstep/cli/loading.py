@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from ..backbones.base import Backbone
-from ..backbones.load import SUFFIX, called, download, fingerprint, load_teacher
+from ..backbones.load import called, download, fingerprint, load_teacher
 from ..backbones.parts import Defer
+from ..backbones.single_file import SUFFIX
 from ..backbones.sizes import Size
 from ..training.ledger import storage_bytes
 from .progress import working
