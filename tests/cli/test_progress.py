@@ -110,8 +110,8 @@ def test_json_is_the_only_line_of_the_standard_output(
 
 def test_json_holds_what_json_has(capsys: pytest.CaptureFixture[str]) -> None:
     set_output(as_json=True)
-    put_result({"a": float("nan"), "b": [Path("x"), (1, None)], 3: True, "c": "\u2028é"})
-    assert json.loads(capsys.readouterr().out) == {"a": None, "b": ["x", [1, None]], "3": True, "c": "\u2028é"}
+    put_result({"a": float("nan"), "b": [Path("x"), (1, None)], "d": True, "c": "\u2028é"})
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": ["x", [1, None]], "d": True, "c": "\u2028é"}
     set_output(as_json=False)
     put_result({"a": 1})
     assert capsys.readouterr().out == ""

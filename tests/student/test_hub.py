@@ -109,6 +109,11 @@ def run_of(folder: Path, card: StudentCard = CARD, seed: int = 0) -> Path:
     return folder
 
 
+def header_in(card: str) -> Any:
+    """A card's header, as the hub's client reads it."""
+    return ModelCard(card).data
+
+
 MINE = "student, 2 steps (2 evaluations)"
 
 
@@ -151,7 +156,7 @@ def test_a_student_that_was_pushed_is_read_by_its_id(
 def test_the_card_is_valid_and_shows_every_letter(pushed: tuple[Path, Repository]) -> None:
     files = pushed[1].files
     content = files["README.md"].decode()
-    data = ModelCard(content).data
+    data = header_in(content)
     assert (data.license, data.base_model, data.base_model_relation) == ("openrail++", BASE, "adapter")
     assert [w["text"] for w in data.widget] == list(PROMPTS)
     assert all(files[w["output"]["url"]].startswith(b"\x89PNG") for w in data.widget)
@@ -210,13 +215,13 @@ def test_nothing_of_this_machine_is_uploaded(
     assert command(monkeypatch, "push", run, NAME, "--licence", "mit") == 0
     files = hub.repositories[NAME].files
     assert not [place for place, data in files.items() if str(teacher.parent).encode() in data]
-    assert ModelCard(files["README.md"].decode()).data.get("base_model") is None
+    assert header_in(files["README.md"].decode()).get("base_model") is None
     terms = b"---\nlicense: other\nlicense_name: x-non-commercial\nlicense_link: LICENSE.md\n---\n"
     hub.repositories[BASE].files["README.md"] = terms
     capsys.readouterr()
     assert command(monkeypatch, "push", run, NAME, "--base", BASE) == 0
     assert "note: the base's licence other (x-non-commercial) is non-commercial" in capsys.readouterr().out
-    data = ModelCard(hub.repositories[NAME].files["README.md"].decode()).data
+    data = header_in(hub.repositories[NAME].files["README.md"].decode())
     assert (data.base_model, data.license_name) == (BASE, "x-non-commercial")
     assert data.license_link == f"{hub.url}/{BASE}/blob/main/LICENSE.md"
 
