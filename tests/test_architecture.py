@@ -15,7 +15,19 @@ from packaging.utils import canonicalize_name
 from tests.project import PACKAGE, ROOT, pyproject
 
 FILES = frozenset(
-    {"atomic", "config_fields", "findings", "hashes", "names", "reading", "recipes_path", "tensors", "typed", "words"}
+    {
+        "atomic",
+        "config_fields",
+        "findings",
+        "hashes",
+        "names",
+        "notebook",
+        "reading",
+        "recipes_path",
+        "tensors",
+        "typed",
+        "words",
+    }
 )  # leaves, for everyone who may touch files
 BELOW_METHODS = FILES | {"transfer", "core", "objectives", "backbones", "roles", "heads"}
 BELOW_DATA = BELOW_METHODS | {"methods", "processes"}
@@ -60,7 +72,7 @@ HOME = {  # of third-party packages, the only folders that import them
     "diffusers": "backbones",
     "transformers": "backbones evaluation",
     "tokenizers": "backbones",
-    "huggingface_hub": "backbones evaluation",
+    "huggingface_hub": "backbones evaluation student",
     "peft": "roles",
     "accelerate": "training processes",
     "bitsandbytes": "training",
@@ -69,6 +81,7 @@ HOME = {  # of third-party packages, the only folders that import them
     "matplotlib": "report",
     "av": "report",
     "jinja2": "report",
+    "IPython": "notebook",
     "typer": "cli",
     "rich": "cli",
     "gradio": "studio cli",  # the command says what to install where it is missing

@@ -71,6 +71,8 @@ ALLOWED = {
     "evaluation.speed._peak": SYSTEM,
     "training.saving.free_memory": SYSTEM,
     "training.saving._numbers": SYSTEM,
+    "notebook.png_of": BYTES,
+    "notebook._narrow": OURS,
     "student.folder.write_parts": BYTES,
     "student.student.Student.save": BYTES,
     "runs.place._somebodys": BYTES,

@@ -32,6 +32,7 @@ from .methods.presets import ROLES, preset, require_roles
 from .methods.progressive import ProgressiveDistillation
 from .methods.trajectory_imitation import TrajectoryImitation
 from .names import require_path
+from .notebook import in_notebook
 from .objectives.rewards import Reward
 from .processes import is_first
 from .report.run import render_run
@@ -43,11 +44,11 @@ from .runs.foreign import require_initial
 from .runs.init import inherited_head
 from .runs.measure import evaluate, real_states
 from .runs.place import place_checks, writing_check
-from .runs.prepare import ImageSource, Lines, RunSpec, prepare, require_exportable
+from .runs.prepare import ImageSource, Lines, RunSpec, prepare, require_exportable, shown_progress
 from .runs.record import hardware
 from .runs.rehearsal import disk_check, student_check, trial_of
 from .runs.rewards import require_reward
-from .runs.run import Run, steps_of
+from .runs.run import Run, shown, steps_of
 from .runs.sampling import backbone_of, check_steps, require_prompts
 from .runs.step import Step
 from .runs.trajectory_sources import student_source, trajectory_times
@@ -224,7 +225,7 @@ def _distilled(
                 [*conformance(own, spec.prompts[0]), student_check(trial, folder / "trial")],
                 f"teacher: {teacher.name}",
             )
-        ready = prepare(own, spec, folder, folder, Lines())
+        ready = prepare(own, spec, folder, folder, shown_progress())
         run = Run(
             teacher,
             ready.roles,
@@ -237,7 +238,7 @@ def _distilled(
             ready.images,
             ready.trajectories,
         )
-        yield from steps_of(run)
+        yield from shown(steps_of(run), run) if in_notebook() and is_first() else steps_of(run)
 
 
 @told_in_python

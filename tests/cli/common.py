@@ -30,6 +30,7 @@ COMMANDS = (
     "compare",
     "study",
     "export",
+    "push",
     "inspect",
     "report",
     "doctor",

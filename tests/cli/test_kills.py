@@ -74,7 +74,7 @@ def run_once(run: Path) -> None:
         log, preview = MetricsLog(run / "metrics.jsonl", 0 if found is None else found[1]["step"]), Shown(run)
 
         def resumed(step: Step) -> None:
-            module.complete(recipe, step, preview, log, Split(tuple(tiny.WORDS), ()))
+            module.complete(recipe, step, preview, log, Measures(Split(tuple(tiny.WORDS), ())))
 
         roles, data = make_roles(backbone, RolesConfig(rank=2)), embed(backbone, tiny.WORDS, run / "embeddings", "tiny")
         training(
@@ -83,7 +83,7 @@ def run_once(run: Path) -> None:
             distill(roles, METHOD, data, recipe.train, run, resumed=resumed),
             preview,
             log,
-            Split(tuple(tiny.WORDS), ()),
+            Measures(Split(tuple(tiny.WORDS), ())),
         )
 
 

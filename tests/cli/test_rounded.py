@@ -49,6 +49,6 @@ def test_a_missing_package_is_said_before_anything_is_loaded(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("fewstep.training.optimizer.find_spec", lambda name: None)
-    monkeypatch.setattr("fewstep.cli.distill.load_teacher", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("fewstep.cli.distill.loaded", lambda *_: pytest.fail("loaded"))
     assert fewstep(monkeypatch, "distill", recipe(folder), "--set", "train.optimizer=adamw8bit") == 2
     assert "pip install 'fewstep[train8bit]'" in error_of(capsys)

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -280,6 +280,20 @@ def backbone_of(family: Family, pipe: DiffusionPipeline, name: str) -> Any:
     return backbone
 
 
+def download(source: str | Path) -> None:
+    """Download a pipeline of the hub to the cache.
+
+    Nothing is done to any other source. Raises ValueError as `load_teacher` does.
+    """
+    given = source_of(source)
+    if hub_id(given.place) and not is_file(given.place):
+        _, family, _ = locate(given)
+        try:
+            fetched(family.pipeline, given.place, family.parts)
+        except Exception as error:  # diffusers raises a different type for each kind of trouble
+            raise damaged(given.place, error) from error
+
+
 def load_beside(family: Family, file: DenoiserFile, place: str | Path, dtype: torch.dtype) -> DiffusionPipeline:
     """Load a pipeline whose denoiser is in files of its own.
 
@@ -439,7 +453,7 @@ def family_of(source: str | Path) -> Family:
                 f"teacher: {source}: its {INDEX} cannot be read ({reason(error)}); save or download the pipeline again"
             ) from error
         raise ValueError(
-            f"teacher: {source} is no folder here, and not to be had from the hub ({_trouble(error)}); "
+            f"teacher: {source} is no folder here, and not to be had from the hub ({trouble(error)}); "
             "check the name, or pass a folder"
         ) from error
     if not isinstance(name, str) or name not in FAMILIES:
@@ -448,7 +462,7 @@ def family_of(source: str | Path) -> Family:
     return FAMILIES[name]
 
 
-def _trouble(error: Exception) -> str:
+def trouble(error: Exception) -> str:
     """Say why the hub gave nothing.
 
     Network errors hide in the chain of causes behind the errors of diffusers and the hub's client.
@@ -483,18 +497,23 @@ def quiet() -> None:
         library.disable_progress_bar()
 
 
-def fingerprint(*modules: nn.Module, through: torch.dtype = torch.float32) -> str:
+def fingerprint(
+    *modules: nn.Module, through: torch.dtype = torch.float32, tell: Callable[[int], None] = lambda done: None
+) -> str:
     """Hash networks' own weights, and return the first 16 digits.
 
     SHA-256, independent of dtype down to half precision. Adapters are left out. `through` is the dtype that
-    the weights had when an earlier fingerprint was taken, where they have a finer dtype now.
+    the weights had when an earlier fingerprint was taken, where they have a finer dtype now. `tell` is told the
+    bytes so far.
     """
-    return fingerprints(*modules, through=through)[-1]
+    return fingerprints(*modules, through=through, tell=tell)[-1]
 
 
-def fingerprints(*modules: nn.Module, through: torch.dtype = torch.float32) -> list[str]:
+def fingerprints(
+    *modules: nn.Module, through: torch.dtype = torch.float32, tell: Callable[[int], None] = lambda done: None
+) -> list[str]:
     """Return fingerprints of the first network, of two, and so on."""
-    digest, found = hashlib.sha256(), []
+    digest, found, done = hashlib.sha256(), [], 0
     for module in modules:
         for name, tensor in sorted(module.state_dict().items()):
             if "lora_" not in name:
@@ -508,6 +527,8 @@ def fingerprints(*modules: nn.Module, through: torch.dtype = torch.float32) -> l
                     .numpy()
                     .tobytes()
                 )
+                done += tensor.nbytes
+                tell(done)
         found.append(digest.hexdigest()[:16])
     return found
 

@@ -29,7 +29,7 @@ from ..training.ledger import module_bytes
 from ..training.saving import free_memory
 from .finish import origin_of
 from .preflight import in_first
-from .progress import console, show_checks
+from .progress import console, show_checks, working
 
 KEPT = 3  # checkpoints at once: two are kept while the next is written
 LOADED = 1.2  # memory that loading takes, relative to the weights
@@ -50,13 +50,15 @@ def look_before(
         began, trials = time.monotonic(), [_trial(stage, teacher, base_hash) for stage in stages]
         disk = sum(trial.disk for trial in trials) + _data_bytes(stages, teacher, prompts)
         room = [*place_checks(run), writing_check(place), disk_check(disk, place)]
-        found = conformance(teacher, prompts[0])
+        with working("calling each network of the teacher"):
+            found = conformance(teacher, prompts[0])
         mixed = any(stage.train.precision == "bf16" for stage in stages)
         if mixed and device_of(teacher.module).type == "cpu":
             said = slow_half(torch.bfloat16, "set train.precision=no")
             found += [Check("speed", said)] if said else []
         if all(check.holds for check in (*room, *found)):
-            found += [student_check(trial, place / "trial") for trial in trials]
+            with working("writing and reading a trial student"):
+                found += [student_check(trial, place / "trial") for trial in trials]
         console.print("before the training:")
         show_checks([*room, *found])
         console.print(f"  {len(room) + len(found)} checks in {time.monotonic() - began:.1f} s")

@@ -21,7 +21,7 @@ from ..runs.lineup import Drawn
 from ..training.monitor import look
 from .lineup import KEPT, Lineup, bases_of, draw_lineup, sources_of, stacked, wished_prompts
 from .preflight import require_output
-from .progress import console
+from .progress import console, put_result, working
 
 SHEET, TABLE, VALUES, PAGE = "comparison.png", "comparison.md", "comparison.json", "comparison.html"
 
@@ -49,8 +49,10 @@ def run_compare(
         console.print(f"note: {note}")
     lineup = draw_lineup(sources, wished, teacher, base, out / KEPT)
     images = stacked(lineup)
-    compared = measured(lineup, images, notes)
-    write_json(out / VALUES, values_of(lineup, compared))
+    with working("measuring the images"):
+        compared = measured(lineup, images, notes)
+    values = values_of(lineup, compared)
+    write_json(out / VALUES, values)
     text = write_text(out / TABLE, comparison_markdown(compared))
     names = [d.entry.name for d in lineup.drawn]
     sheet = write_grid(out / SHEET, torch.stack([strip(x) for x in images]), names, lineup.shots.prompts)
@@ -59,6 +61,7 @@ def run_compare(
         console.print(line)
     for path in (page, sheet, text):
         console.print(str(path.resolve()))
+    put_result({**values, "files": [path.resolve() for path in (page, sheet, text, out / VALUES)]})
 
 
 def measured(lineup: Lineup, images: Sequence[Tensor], notes: Sequence[str]) -> Comparison:

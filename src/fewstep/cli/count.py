@@ -11,7 +11,7 @@ from ..names import expanded
 from ..study.answers import read_ballots
 from ..study.count import as_json, count, per_prompt, summary
 from ..study.key import read_key
-from .progress import console
+from .progress import console, put_result
 
 RESULT, TABLES = "result.json", "result.md"
 
@@ -35,3 +35,4 @@ def run_count(given: Sequence[str], out: Path) -> None:
     for line in (*ballots.notes, *lines):
         console.print(line)
     console.print(f"by prompt: {path.resolve()}")
+    put_result(as_json(result))

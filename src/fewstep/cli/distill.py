@@ -15,7 +15,7 @@ import yaml
 from ..atomic import write_json
 from ..backbones.base import Backbone
 from ..backbones.encoders import others, put
-from ..backbones.load import at_size, fingerprint, fused, load_teacher, quiet
+from ..backbones.load import at_size, fused, quiet
 from ..backbones.meta import require_loadable
 from ..backbones.unconditional import PixelModel
 from ..core import timegrid
@@ -63,10 +63,11 @@ from .best import Best, measured_by, stalled
 from .evaluate import EVALUATION, Measures, check_measures, measure_step, split_prompts
 from .extra import ending, preview_metrics
 from .finish import errors_along, finish, shape_seen, write_best
+from .loading import hashed, loaded
 from .options import in_options
-from .plan import plans_of, show
+from .plan import plan_values, plans_of, show
 from .preflight import held, note_shadowed
-from .progress import OnScreen, console, count_in, meter
+from .progress import OnScreen, console, count_in, meter, put_result, working
 from .prompts import say_of_prompts, training_prompts
 from .run_record import command_line, run_record
 from .signals import stop_request
@@ -109,6 +110,9 @@ def run_distill(
     )
     with held(run):
         run_stages(recipe, run, source, [*overrides, *(f"{key}={text}" for key, text in given.items())], log_to)
+    if is_first():
+        files = {"student": run / "final", "report": run / REPORT}
+        put_result({"run": run.resolve(), "stopped": False, **{k: path.resolve() for k, path in files.items()}})
 
 
 def run_stages(recipe: DistillRecipe, run: Path, source: str, overrides: list[str], log_to: Sequence[str] = ()) -> None:
@@ -151,10 +155,10 @@ def teacher_of(recipe: DistillRecipe, run: Path, together: bool = False) -> tupl
     """
 
     def load() -> tuple[Backbone, str]:
-        teacher = load_teacher(
+        teacher = loaded(
             recipe.teacher, getattr(torch, recipe.dtype), "cpu", recipe.size, known_encoders(run / EMBEDDINGS)
         )
-        base_hash = fingerprint(teacher.module)
+        base_hash = hashed(teacher.module)
         quantize(teacher, recipe.roles.quantize)
         put(others(teacher), default_device())
         return teacher, base_hash
@@ -268,9 +272,10 @@ def run_stage(
         (run / BEST / BEST_FILE).unlink(missing_ok=True)  # left by another training
     with distributed_errors():
         # Networks whose weights are sharded sample in all processes or in none.
-        preview = (
-            Preview(drawing_of(recipe), teacher, shown[0], run if first else None) if first or sharded(recipe) else None
-        )
+        preview: Preview | None = None
+        if first or sharded(recipe):
+            with working("drawing the previews of the teacher"):
+                preview = Preview(drawing_of(recipe), teacher, shown[0], run if first else None)
         keep = (
             partial(write_best, run, recipe, roles, base_hash, preview)
             if first and recipe.preview.keep_best and not sharded(recipe)
@@ -287,6 +292,7 @@ def run_stage(
             trackers.finish()
     if stopped:
         console.print(f"stopped after iteration {log.iteration}; the same command resumes:\n  {command_line()}")
+        put_result({"run": run.resolve(), "stopped": True, "iteration": log.iteration})
         sys.exit(130)
     if not first:
         return
@@ -356,7 +362,8 @@ def training(
     """
     start, last, trend = log.iteration, recipe.train.iterations, Trend()
     if not start and preview is not None:
-        judge(recipe, Step(0, {}, 0.0, roles, recipe.method), preview, log, asked)
+        with working("drawing the first preview"):
+            judge(recipe, Step(0, {}, 0.0, roles, recipe.method), preview, log, asked)
     with stop_request() as request, meter(recipe.name, last, start) as bar, closing(steps):
         if start and log.path is not None and stalled(log.path.parent, recipe):
             restore(roles, log.path.parent)  # it has ended early, and is not trained on
@@ -542,8 +549,10 @@ def print_dry_run(recipe: DistillRecipe, run: Path) -> None:
     """
     initial_folder(recipe)
     require_loadable(recipe.teacher)
-    plans = plans_of(recipe)
+    with working("counting its memory"):
+        plans = plans_of(recipe)
     teacher = plans[0].hollow.teacher
+    put_result({"run": run, "plans": [plan_values(made) for made in plans]})
     check_initial(recipe, teacher)
     check_measures(recipe, teacher)
     prompts = list(training_split(recipe, teacher).trained)

@@ -7,7 +7,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 from ..findings import require
-from .progress import console, show_checks
+from .progress import console, put_result, show_checks, working
 
 CORE = (
     "torch",
@@ -45,14 +45,15 @@ def run_doctor(teacher: str | None = None, dtype: str = "float32", size: str | N
     from ..backbones.load import bundled
 
     console.print(f"fewstep {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    missing = []
+    missing, versions = [], {name: _version(name) for name in (*CORE, *OPTIONAL)}
     for name in CORE:
-        found = _version(name)
+        found = versions[name]
         console.print(f"  {name:<16} {found or 'missing'}")
         missing += [] if found else [name]
     for name, command in OPTIONAL.items():
-        console.print(f"  {name:<16} {_version(name) or f'not installed (optional): {command}'}", markup=False)
+        console.print(f"  {name:<16} {versions[name] or f'not installed (optional): {command}'}", markup=False)
     console.print(f"teachers that ship with the package: {', '.join(bundled()) or 'none'}")
+    put_result({"fewstep": __version__, "python": platform.python_version(), "packages": versions, "missing": missing})
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(i)
@@ -73,16 +74,20 @@ def check_teacher(teacher: str, dtype: str, size: str | None) -> None:
     import torch
 
     from ..backbones.conformance import conformance
-    from ..backbones.load import load_teacher, quiet
+    from ..backbones.load import quiet
     from ..backbones.sizes import from_text
     from ..training.loop import default_device
+    from .loading import loaded
 
     quiet()
     types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in types:
         raise ValueError(f"--dtype: got {dtype!r}, allowed are {', '.join(types)}")
-    checks = conformance(load_teacher(teacher, types[dtype], default_device(), from_text(size)))
+    loaded_here = loaded(teacher, types[dtype], default_device(), from_text(size))
+    with working("calling each of its networks"):
+        checks = conformance(loaded_here)
     show_checks(checks)
+    put_result({"teacher": teacher, "checks": [{"name": c.name, "holds": c.holds, "said": c.said} for c in checks]})
     require(checks, f"teacher: {teacher}")
 
 

@@ -22,14 +22,14 @@ from ..reading import object_in, reading
 from ..runs.recipe import DistillRecipe
 from ..runs.sampling import backbone_of, decoded, sample_trajectory
 from ..student.card import card_nfe
-from ..student.folder import require_folder
+from ..student.folder import on_hub, require_folder
 from ..student.student import Student
 from ..training.loop import Step
 from ..typed import typed
 from ..zoo.pixel_data import read_pixel_data
 from .extra import ending, extra_of
 from .preflight import require_output
-from .progress import console, meter
+from .progress import console, meter, put_result
 from .prompts import prompts_from
 from .rivals import rival_rows
 from .sample import open_student
@@ -75,12 +75,15 @@ def run_evaluate(
         require_output(out, "-o")
     folder = require_folder(source, "student")
     asked = None if prompts is None else prompts_in(prompts, protocol)
-    cache = folder / EVALUATION
-    result = evaluate_student(folder, protocol, cache, real or real_of(folder.parent), asked, more=more)
-    path = out or folder / "eval.json"
+    place = Path(f"{Path(source).name}-{EVALUATION}") if on_hub(source) else folder  # nothing is written to the cache
+    result = evaluate_student(
+        folder, protocol, place / EVALUATION, real or real_of(folder.parent), asked, more=more, place=place
+    )
+    path = out or place / "eval.json"
     write_json(path, result)
     print_table(result)
     console.print(str(path.resolve()))
+    put_result({**result, "file": path.resolve()})
 
 
 EVALUATION = "evaluation"  # the folder of measurements, in a run or beside a student
@@ -254,8 +257,11 @@ def evaluate_student(
     prompts: Sequence[str] | None = None,
     split: Split | None = None,
     more: More = NO_MORE,
+    place: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate a student under a protocol and write `folder/eval.json`.
+
+    With `place` it is written there.
 
     The rows are those of `rows_of`. Without a name, the protocol is that of the teacher's kind. `prompts`
     are for text-to-image models other than emoji models; by default the prompts are those of the run around
@@ -290,7 +296,7 @@ def evaluate_student(
         "prompts": {"count": len(asked.prompts), "source": asked.source},
         "image": {"size": teacher.image_size, "format": "8 bits a channel, as in a PNG file"},
     }
-    write_json(folder / "eval.json", result)
+    write_json((place or folder) / "eval.json", result)
     return result
 
 

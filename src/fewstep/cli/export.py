@@ -6,14 +6,15 @@ from pathlib import Path
 
 import torch
 
-from ..backbones.load import fingerprint, quiet
+from ..backbones.load import quiet
 from ..backbones.student_scheduler import pipeline_nfe
 from ..report.words import plural
 from ..student.card import DTYPES, card_nfe
 from ..student.folder import require_folder
 from ..student.formats import FORMATS, export, name_of
+from .loading import hashed
 from .preflight import require_parent
-from .progress import console
+from .progress import console, put_result, working
 from .sample import open_student
 
 
@@ -49,7 +50,7 @@ def run_export(
     student = open_student(folder, base, torch.float32)
     card = student.card
     if base is not None:  # the files will be used with this base
-        student = replace(student, card=replace(card, base=base, base_hash=fingerprint(student.backbone.module)))
+        student = replace(student, card=replace(card, base=base, base_hash=hashed(student.backbone.module)))
     count = steps or card.steps[0]
     if count not in card.steps:
         raise ValueError(f"--steps: got {count}, this student serves {', '.join(map(str, card.steps))}")
@@ -57,7 +58,8 @@ def run_export(
         known = ", ".join(f"{w:g}" for w in card.guidance_scales) or f"none, {card.guidance.scale:g} is baked in"
         raise ValueError(f"--guidance: got {guidance}, allowed are {known}")
     kept: torch.dtype = getattr(torch, dtype or card.dtype)
-    found = export(student.single(count, guidance), out, form, kept)
+    with working("writing, loading again and comparing"):
+        found = export(student.single(count, guidance), out, form, kept)
     called = pipeline_nfe(student.backbone.schedule, card.analytic_first_step, count)
     if called > (least := card_nfe(card, count)):
         console.print(
@@ -71,6 +73,15 @@ def run_export(
     )
     for line in in_other_programs(out, source):
         console.print(line, markup=False, highlight=False)
+    put_result(
+        {
+            "folder": out.resolve(),
+            "format": form,
+            "steps": count,
+            "difference": found.difference,
+            "rounded": found.rounded,
+        }
+    )
 
 
 def in_other_programs(folder: Path, student: str) -> list[str]:

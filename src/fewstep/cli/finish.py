@@ -30,7 +30,7 @@ from ..student.student import Origin, Student
 from .best import Best, keep_best, missed
 from .evaluate import EVALUATION, evaluate_student
 from .export import in_other_programs
-from .progress import console
+from .progress import console, working
 
 
 def finish(
@@ -56,14 +56,17 @@ def finish(
             copy_student(run / BEST, run / "final", (BEST_FILE, IMAGES))
             shutil.copyfile(run / BEST / IMAGES, run / IMAGES)
         else:
-            student.write(run / "final")
-            save_images(run / IMAGES, preview.compare(roles, method))
+            with working("writing the student"):
+                student.write(run / "final")
+            with working("drawing the images of the report"):
+                save_images(run / IMAGES, preview.compare(roles, method))
     result = (
         evaluate_student(run / "final", recipe.evaluate, run / EVALUATION, recipe.real, split=split)
         if recipe.evaluate
         else None
     )
-    report = render_run(run)
+    with working("writing the report"):
+        report = render_run(run)
     most = recipe.preview.teacher_steps
     teacher = total_nfe(most, nfe_per_step(preview.null, method.guidance))
     cost = f"{counted(student.card)}; the teacher takes {teacher} in {most}"

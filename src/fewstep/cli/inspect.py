@@ -9,15 +9,16 @@ from typing import Any
 
 from safetensors import safe_open
 
-from ..backbones.load import bundled, fingerprint, load_teacher, quiet, source_of
+from ..backbones.load import bundled, quiet, source_of
 from ..backbones.single_file import FIRST, read_checkpoint
 from ..data.texts import printable
 from ..reading import read_json, reading, require_regular
 from ..student.card import counted
-from ..student.folder import find_folder, read_card
+from ..student.folder import find_student, on_hub, read_card
 from ..student.headers import KEY
 from ..training.state import checkpoints
-from .progress import console
+from .loading import hashed, loaded
+from .progress import console, put_result
 
 SHOWN = 16  # numbers of a list that are shown
 KINDS: dict[str, dict[str, str]] = {  # by how a LoRA's keys end, then by how they begin
@@ -38,11 +39,11 @@ def run_inspect(source: str) -> None:
         values = safetensors_summary(path)
     elif (path / "run.json").is_file():
         values = run_summary(path)
-    elif (folder := find_folder(source)) is not None:
+    elif (folder := find_student(source, "inspect", weights=False)) is not None:
         card = read_card(folder)
-        values = {"student": str(folder), "NFE": counted(card), **asdict(card)}
+        values = {"student": source if on_hub(source) else str(folder), "NFE": counted(card), **asdict(card)}
     elif source in bundled() or (path / "model_index.json").is_file() or source_of(source).reading:
-        teacher = load_teacher(source)
+        teacher = loaded(source)
         count = sum(p.numel() for p in teacher.module.parameters())
         values = {
             "teacher": teacher.name,
@@ -51,9 +52,11 @@ def run_inspect(source: str) -> None:
             "state": list(teacher.shape),
         }
         values |= {
-            "hash": fingerprint(teacher.module),
+            "hash": hashed(teacher.module),
             **{k: v for k, v in teacher.scheduler_config.items() if not k.startswith("_")},
         }
+    elif on_hub(source):
+        raise ValueError(f"inspect: {source} on the hub is no student; pass the hub id of one")
     elif not path.exists():
         raise ValueError(
             f"inspect: there is no {source}; "
@@ -63,6 +66,7 @@ def run_inspect(source: str) -> None:
         raise ValueError(
             f"inspect: {source} is no student, run, teacher or .safetensors file; pass the final/ folder of a run"
         )
+    put_result(values)
     width = max(len(k) for k in values)
     for key, value in values.items():
         console.print(f"{printable(key):<{width}}  {printable(_short(value))}", markup=False)

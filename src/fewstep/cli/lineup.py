@@ -23,7 +23,7 @@ from ..report.words import plural
 from ..runs.lineup import Drawn, Entry, Shots, drawn, missing, shots_of
 from ..runs.sampling import check_steps, sample
 from ..student.card import StudentCard, card_nfe
-from ..student.folder import read_card, require_folder
+from ..student.folder import on_hub, read_card, require_folder
 from ..student.student import Student
 from .evaluate import TEACHER_STEPS, own_split
 from .options import in_options
@@ -41,6 +41,7 @@ class Source:
     folder: Path
     card: StudentCard
     steps: int
+    hub: str = ""  # its id, of a student of the hub
 
     @property
     def run(self) -> Path:
@@ -66,12 +67,13 @@ def sources_of(given: Sequence[str]) -> list[Source]:
 def _source(text: str) -> Source:
     path, at, steps = text.rpartition("@")
     named = bool(at) and steps.isdecimal() and not Path(expanded(text)).exists()
-    folder = require_folder(expanded(path if named else text), "RUN")
+    own = expanded(path if named else text)
+    folder = require_folder(own, "RUN")
     card = read_card(folder)
     count = int(steps) if named else card.steps[0]
     if count not in card.steps:
         raise ValueError(f"RUN: got {text}, this student serves {', '.join(map(str, card.steps))} steps; choose one")
-    return Source(folder, card, count)
+    return Source(folder, card, count, own if on_hub(own) else "")
 
 
 def names_of(sources: Sequence[Source]) -> list[str]:
@@ -79,7 +81,7 @@ def names_of(sources: Sequence[Source]) -> list[str]:
 
     The name of its run, with as many folders above as tell it from the others, and its steps.
     """
-    parts = [source.run.resolve().parts[1:] for source in sources]
+    parts = [tuple(s.hub.split("/")) if s.hub else s.run.resolve().parts[1:] for s in sources]
 
     def tail(own: tuple[str, ...]) -> str:
         others = [p for p in parts if p != own]

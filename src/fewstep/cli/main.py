@@ -15,7 +15,7 @@ from .. import __version__
 from ..names import expanded
 from ..notices import mute_others
 from .faults import FaultError, logged_in
-from .progress import Plain, show_all_letters
+from .progress import Plain, set_output, show_all_letters
 from .signals import Interrupted, interruptible
 
 app = typer.Typer(
@@ -49,6 +49,28 @@ Teacher = Annotated[
 Recipe = Annotated[str, typer.Argument(help="A shipped recipe's name (`fewstep recipes` lists them), or a YAML file.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Override one setting, e.g. --set train.lr=1e-5. May be repeated.")
+]
+
+
+def _set_quiet(wanted: bool) -> bool:
+    set_output(quiet=wanted)
+    return wanted
+
+
+def _set_json(wanted: bool) -> bool:
+    set_output(as_json=wanted)
+    return wanted
+
+
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", callback=_set_quiet, help="Show no progress: results, warnings and errors alone."),
+]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json", callback=_set_json, help="Print the result as one line of JSON, and all else to the standard error."
+    ),
 ]
 
 
@@ -90,6 +112,8 @@ def distill(
             "--dry-run", help="Print the resolved recipe, the memory it needs and the first batch; train nothing."
         ),
     ] = False,
+    quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Train a few-step student. The same command again resumes where the last one stopped."""
     from .distill import run_distill
@@ -120,6 +144,8 @@ def plan(
     teacher: Teacher = None,
     memory: Annotated[str | None, typer.Option(help="Find settings that fit this much, e.g. 24GiB.")] = None,
     cards: Annotated[int, typer.Option(min=1, help="Cards that train together, e.g. 8; the plan is of each.")] = 1,
+    quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Print what a recipe needs in memory, part by part, without loading or downloading any weights."""
     from .plan import run_plan
@@ -133,7 +159,7 @@ def sample(
         str,
         typer.Argument(
             help=(
-                "A student folder (a run or its final/), or a teacher: "
+                "A student (a run, its final/, a hub id), or a teacher: "
                 "bundled, a diffusers folder, a hub id, a checkpoint."
             )
         ),
@@ -163,6 +189,8 @@ def sample(
     out: Annotated[Path, typer.Option("-o", "--out", parser=_path, metavar="PATH", help="PNG file to write.")] = Path(
         "sample.png"
     ),
+    quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Draw images with a student or a teacher."""
     from .sample import run_sample
@@ -184,7 +212,7 @@ def sample(
 
 @app.command()
 def evaluate(
-    student: Annotated[str, typer.Argument(help="A student folder (a run or its final/).")] = "",
+    student: Annotated[str, typer.Argument(help="A student: a run, its final/, or a hub id.")] = "",
     protocol: Annotated[
         str | None,
         typer.Option(
@@ -218,7 +246,7 @@ def evaluate(
             "--out",
             parser=_path,
             metavar="PATH",
-            help="JSON file to write; eval.json in the student's folder by default.",
+            help="JSON file to write; eval.json in the student's folder (or NAME-evaluation/) by default.",
         ),
     ] = None,
     metrics: Annotated[
@@ -246,6 +274,8 @@ def evaluate(
             "inception."
         ),
     ] = None,
+    quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Measure a student beside its teacher and write eval.json."""
     if install is not None:
@@ -269,7 +299,7 @@ def _listed(text: str) -> tuple[str, ...]:
 
 Students = Annotated[
     list[str] | None,
-    typer.Argument(metavar="RUN", help="Student folders (a run or its final/); RUN@STEPS for another step count."),
+    typer.Argument(metavar="RUN", help="Students: runs, their final/, or hub ids; RUN@STEPS for another step count."),
 ]
 WithTeacher = Annotated[
     bool, typer.Option("--teacher/--no-teacher", help="Also sample the teacher, in 50 guided steps.")
@@ -289,6 +319,8 @@ def compare(
     out: Annotated[Path, typer.Option("-o", "--out", parser=_path, metavar="DIR", help="Folder to write to.")] = Path(
         "comparison"
     ),
+    quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Show students side by side, from the same prompts and noise.
 
@@ -305,7 +337,7 @@ def study(
         list[str] | None,
         typer.Argument(
             metavar="RUN",
-            help="Student folders (a run or its final/); RUN@STEPS for another step count. With --count, answers.",
+            help="Students: runs, their final/, or hub ids; RUN@STEPS for another step count. With --count, answers.",
         ),
     ] = None,
     prompts: Annotated[
@@ -319,6 +351,8 @@ def study(
     out: Annotated[Path, typer.Option("-o", "--out", parser=_path, metavar="DIR", help="Folder of the study.")] = Path(
         "study"
     ),
+    quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Let people vote on images without knowing whose they are.
 
@@ -336,7 +370,7 @@ def study(
 
 @app.command()
 def export(
-    student: Annotated[str, typer.Argument(help="A student folder (a run or its final/).")],
+    student: Annotated[str, typer.Argument(help="A student: a run, its final/, or a hub id.")],
     folder: Annotated[Path, typer.Argument(parser=_path, metavar="DIR", help="A new folder to write.")],
     format_: Annotated[
         str,
@@ -359,6 +393,8 @@ def export(
             help="Of merged and pipeline: float32, bfloat16 or float16; the one the base was read in if not given."
         ),
     ] = None,
+    quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Write a student as files for other programs, load them again, and compare them with it."""
     from .export import run_export
@@ -367,8 +403,38 @@ def export(
 
 
 @app.command()
+def push(
+    student: Annotated[str, typer.Argument(metavar="RUN", help="A student folder (a run or its final/).")],
+    name: Annotated[str, typer.Argument(metavar="USER/NAME", help="The repository on the hub, new or with a student.")],
+    public: Annotated[
+        bool, typer.Option("--public", help="Let everybody see it; a new repository is private without this.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the files with their sizes, print the card, and send nothing.")
+    ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="HUB_ID", help="The base on the hub, where the student names a folder or file."),
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The base's licence, where the hub does not say it: apache-2.0.")
+    ] = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Upload a student to the Hugging Face hub, with a card, images and measurements."""
+    from .push import run_push
+
+    run_push(expanded(student), name, public, dry_run, base, licence)
+
+
+@app.command()
 def inspect(
-    file: Annotated[str, typer.Argument(help="A student or teacher folder, a run, or a .safetensors file.")],
+    file: Annotated[
+        str, typer.Argument(help="A student or teacher folder, a run, a .safetensors file, or a student's hub id.")
+    ],
+    quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Print what a file is: base, method, steps, times, rank, hashes."""
     from .inspect import run_inspect
@@ -377,7 +443,11 @@ def inspect(
 
 
 @app.command()
-def report(run: Annotated[str, typer.Argument(help="Folder of a run, finished, stopped or still training.")]) -> None:
+def report(
+    run: Annotated[str, typer.Argument(help="Folder of a run, finished, stopped or still training.")],
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
     """Write a run's report.html again, from what its folder holds by now."""
     from .report import run_report
 
@@ -397,6 +467,8 @@ def doctor(
         str | None,
         typer.Option(help="Height and width of its images, or WIDTHxHEIGHTxFRAMES of its videos, if not its own."),
     ] = None,
+    quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Print versions, devices, and what is missing with the command that installs it; or check a TEACHER."""
     from .doctor import run_doctor
@@ -429,6 +501,8 @@ def studio(
 @app.command()
 def recipes(
     word: Annotated[str | None, typer.Argument(help="Only recipes whose name or first line has this word.")] = None,
+    quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """List the shipped recipes, each with what it trains."""
     from .recipes import run_recipes
@@ -441,6 +515,8 @@ def train_teacher(
     recipe: Annotated[str, typer.Argument(help="A shipped teacher recipe's name, or a YAML file.")],
     set_: Set = None,
     out: Out = None,
+    quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Train one of the bundled teachers again, from its data. Resumes."""
     from .train_teacher import run_train_teacher

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -29,7 +30,7 @@ from ..training.memory import Training, calls_alone, peak_bytes, training_bytes
 from ..training.once import Costs
 from ..training.optimizer import OPTIMIZERS, OptimizerName
 from .preflight import note_shadowed
-from .progress import console
+from .progress import console, put_result, working
 
 UNITS = {"": 1, "B": 1, "MB": 10**6, "MIB": 2**20, "GB": 10**9, "GIB": 2**30, "M": 2**20, "G": 2**30}
 RESERVE = 0.05  # share of a card's memory for fragments and workspaces of libraries
@@ -160,10 +161,12 @@ def run_plan(
     recipe = read_recipe(source, overrides, DistillRecipe, given)
     note_shadowed(recipe.teacher)
     usable = None if memory is None else usable_bytes(memory)
-    plans = plans_of(recipe, cards)
+    with working("counting its memory"):
+        plans = plans_of(recipe, cards)
     for made in plans:
         show(made)
     if memory is None or usable is None:
+        put_result({"plans": [plan_values(made) for made in plans]})
         return
     console.print(
         f"{memory}: {size(usable)} are usable; "
@@ -171,12 +174,14 @@ def run_plan(
     )
     sets: list[str] = []
     for made, prefix in zip(plans, ("warm_start.", "") if len(plans) > 1 else ("",), strict=True):
-        own, needed = fit(made, usable, prefix)
+        with working("looking for settings that fit"):
+            own, needed = fit(made, usable, prefix)
         sets += [s for s in own if s not in sets]
         console.print(f"{made.recipe.name}: {size(needed)}, {'with the settings below' if own else 'as it is'}")
         for phase in made.around.encoders:
             if phase.bytes > usable:
                 console.print(f"{phase.name}: {size(phase.bytes)} do not fit, it works on the CPU, slowly")
+    put_result({"plans": [plan_values(made) for made in plans], "usable": usable, "settings": sets})
     changes = [what for option, what in ROUNDED.items() if any(s.partition("=")[0].endswith(option) for s in sets)]
     if changes:
         console.print(f"nothing that gives the same result fits; with these it changes a little: {'; '.join(changes)}")
@@ -185,6 +190,19 @@ def run_plan(
             p for key, text in given.items() for p in (f"--{key}", text)
         ]
         console.print(f"  {quoted('fewstep', 'distill', source, *options)}")
+
+
+def plan_values(made: Plan) -> dict[str, Any]:
+    """Return the numbers of a plan, in bytes."""
+    return {
+        "name": made.recipe.name,
+        "teacher": made.recipe.teacher,
+        "cards": made.cards,
+        "needed": made.total,
+        "peak": made.peak.name,
+        "phases": {phase.name: phase.bytes for phase in made.phases},
+        "checkpoint": made.training.host,
+    }
 
 
 def plans_of(recipe: DistillRecipe, cards: int = 1) -> list[Plan]:

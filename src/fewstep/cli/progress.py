@@ -1,24 +1,39 @@
-"""Progress on the screen: a bar, or lines without a terminal.
+"""Progress on the screen.
 
-The bar shows losses, speed and time left.
+A terminal has one live line, a log has plain lines. `--quiet` shows none. With `--json` they go to the standard
+error, and the standard output has the result alone.
 """
 
 import io
+import json
+import math
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, HighlighterType, JustifyMethod, OverflowMethod
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.style import Style
 from rich.text import Text
 
 from ..findings import Check
 from ..names import visible
+from ..notebook import clock
 from ..report.words import size as said_size
 
 CLOSED = 141  # exit status of a program whose reader has left: 128 + SIGPIPE
@@ -33,6 +48,12 @@ class Plain(Console):
 
     def __init__(self, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
+        self.shows_progress, self.json = True, False
+
+    @property
+    def live(self) -> bool:
+        """Whether a line on the screen can change."""
+        return self.is_terminal and self.is_interactive
 
     def render_str(
         self,
@@ -81,6 +102,96 @@ def show_all_letters() -> None:
 
 console = Plain()
 WORTH_SAYING = 2**20  # bytes
+PATIENCE = 2.0  # seconds before something is worth a line
+BETWEEN, MOST_BETWEEN = 10.0, 60.0  # seconds between lines of a log; the time doubles
+
+
+def set_output(quiet: bool | None = None, as_json: bool | None = None) -> None:
+    """Set what goes to the screen, and where: `--quiet` and `--json`."""
+    if quiet is not None:
+        console.shows_progress = not quiet
+    if as_json is not None:
+        console.json = console.stderr = as_json
+        console.is_interactive = console.is_terminal and not console.is_dumb_terminal  # of the stream from now on
+
+
+def put_result(value: Mapping[str, Any]) -> None:
+    """Print a result as one line of JSON.
+
+    Only where that was asked for. Numbers that JSON lacks become null, and paths texts.
+    """
+    if console.json:
+        sys.stdout.write(json.dumps(_plain(value), ensure_ascii=True) + "\n")
+        sys.stdout.flush()
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON has it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+@contextmanager
+def working(title: str, total: int = 0) -> Iterator["Working"]:
+    """Show that something goes on, where it takes longer than `PATIENCE`.
+
+    What it yields is told how many of `total` are done, from which the time left is estimated. Without a `total` the
+    time so far is shown.
+    """
+    state, over = Working(title, total), threading.Event()
+    shown = threading.Thread(target=_show_working, args=(state, over), daemon=True)
+    if console.shows_progress and not console.quiet:
+        shown.start()
+    try:
+        yield state
+    finally:
+        over.set()
+        if shown.ident is not None:
+            shown.join()
+
+
+@dataclass
+class Working:
+    """How far something is that goes on."""
+
+    title: str
+    total: int
+    done: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    def __call__(self, done: int) -> None:
+        """Say how many are done."""
+        self.done = done
+
+    def __str__(self) -> str:
+        so_far = time.monotonic() - self.began
+        if not self.total or not self.done:
+            return f"{self.title}: {clock(so_far)} so far"
+        left = so_far / self.done * max(0, self.total - self.done)
+        return f"{self.title}: {100 * min(self.done, self.total) / self.total:.0f} %, {clock(left)} left"
+
+
+def _show_working(state: Working, over: threading.Event) -> None:
+    """Show work until it is over."""
+    if over.wait(PATIENCE):
+        return
+    if console.live:
+        with Progress(SpinnerColumn(), TextColumn("{task.description}", markup=False), console=console, transient=True,
+                      refresh_per_second=5) as bar:  # fmt: skip
+            line = bar.add_task(visible(str(state), lines=False), total=None)
+            while not over.wait(0.2):
+                bar.update(line, description=visible(str(state), lines=False))
+        return
+    console.print(f"{state.title} ...")
+    between = BETWEEN
+    while not over.wait(between):
+        console.print(str(state))
+        between = min(2 * between, MOST_BETWEEN)
 
 
 class Meter:
@@ -101,7 +212,7 @@ class Meter:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=not console.live or not console.shows_progress,
         )
         self.task = self.bar.add_task(visible(title, lines=False), total=total, completed=done, note="")
 
@@ -111,10 +222,12 @@ class Meter:
         note = "  ".join(f"{k} {v:.3g}" for k, v in numbers.items())
         self.bar.update(self.task, completed=done, note=note)
         now = time.monotonic()
-        if not console.is_terminal and (now - self.last_line >= self.between or done == self.total):
-            self.last_line = now
+        if console.live or not console.shows_progress:
+            return
+        if now - self.last_line >= self.between or done == self.total:
+            self.last_line, self.between = now, min(2 * self.between, MOST_BETWEEN)
             left = (now - self.began) / max(1, done - self.first) * (self.total - done)
-            console.print(f"{self.title} {done}/{self.total}  {note}  left {_clock(left)}")
+            console.print(f"{self.title} {done}/{self.total}  {note}  left {clock(left)}")
 
 
 @contextmanager
@@ -123,11 +236,6 @@ def meter(title: str, total: int, done: int = 0) -> Iterator[Meter]:
     m = Meter(title, total, done)
     with m.bar:
         yield m
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
 def show_checks(checks: Sequence[Check], stage: str = "") -> None:
@@ -151,7 +259,7 @@ class OnScreen:
 
     def writing(self, path: Path, size: int) -> None:
         """Print the size of a large file before it is written."""
-        if size >= WORTH_SAYING:
+        if size >= WORTH_SAYING and console.shows_progress:
             console.print(f"writing {visible(str(path), lines=False)}: {count_in(size, path.parent)}", markup=False)
 
 

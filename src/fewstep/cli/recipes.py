@@ -1,7 +1,7 @@
 """`fewstep recipes`: the shipped recipes and what they train."""
 
 from ..recipes_path import recipe_names, recipe_path
-from .progress import console
+from .progress import console, put_result
 
 
 def run_recipes(word: str | None = None) -> None:
@@ -15,6 +15,7 @@ def run_recipes(word: str | None = None) -> None:
     found = {n: line for n, line in lines.items() if word is None or word.lower() in f"{n} {line}".lower()}
     if not found:
         raise ValueError(f"recipes: none has the word {word}; leave it out to see all {len(lines)}")
+    put_result({"recipes": found})
     width = max(map(len, found))
     for name, line in found.items():
         console.print(f"{name:{width}}  {line}", markup=False, highlight=False, soft_wrap=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..report.run import render_run
 from .faults import logged_in
-from .progress import console
+from .progress import console, put_result
 
 
 def run_report(source: str) -> None:
@@ -16,4 +16,6 @@ def run_report(source: str) -> None:
     Raises ValueError where the folder is no run's.
     """
     with logged_in(Path(source)):
-        console.print(str(render_run(Path(source)).resolve()))
+        report = render_run(Path(source)).resolve()
+        console.print(str(report))
+        put_result({"report": report})

@@ -12,7 +12,7 @@ from ..backbones.rivals import Rival, draw_rival, rival_named, rival_pipeline
 from ..core.guidance import Guidance
 from ..runs.sampling import decoded, sample_trajectory
 from ..student.card import card_nfe
-from ..student.folder import find_folder
+from ..student.folder import find_student
 from ..student.student import Student
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def rival_rows(teacher: Backbone, names: Sequence[str]) -> "list[Row]":
 
     found: list[Row] = []
     for name in names:
-        folder = find_folder(name)
+        folder = find_student(name, "--against")
         if folder is None:
             found.append(_public(teacher, name))
             continue

@@ -4,14 +4,17 @@ On request the teacher's images stand next to the student's.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..backbones.base import Backbone, nfe_per_step
 from ..backbones.generate import require_seed
-from ..backbones.load import load_teacher, quiet, seen_from
+from ..backbones.load import quiet, seen_from
 from ..backbones.parts import LatentVideo
 from ..backbones.unconditional import PixelModel
 from ..core.guidance import Guidance
@@ -22,12 +25,13 @@ from ..report.video import FPS, strip, write_mp4
 from ..report.words import plural
 from ..runs.sampling import backbone_of, check_steps, sample
 from ..student.card import card_nfe
-from ..student.folder import find_folder, read_card
+from ..student.folder import find_student, read_card
 from ..student.student import Student
 from ..training.loop import default_device
+from .loading import hashed, loaded
 from .options import in_options
 from .preflight import note_shadowed, require_output
-from .progress import console
+from .progress import console, put_result, working
 
 
 def open_model(source: str, base: str | None = None) -> Backbone | Student:
@@ -35,13 +39,24 @@ def open_model(source: str, base: str | None = None) -> Backbone | Student:
 
     Raises ValueError with one line where the source is neither.
     """
-    folder = find_folder(source)
+    folder = student_in(source)
     if folder is not None:
         return open_student(folder, base)
     if (Path(source) / "run.json").is_file():
         raise ValueError(f"student: {source} is a run without a finished student; run its command again to finish it")
     note_shadowed(source)
-    return load_teacher(source, device=default_device())
+    return loaded(source, device=default_device())
+
+
+def student_in(source: str) -> Path | None:
+    """Return the folder of a student, None for anything else.
+
+    A hub id may be that of a teacher, and what is wrong with it is said where the teacher is loaded.
+    """
+    try:
+        return find_student(source, "student")
+    except ValueError:
+        return None
 
 
 def open_student(folder: Path, base: str | Backbone | None = None, dtype: torch.dtype | None = None) -> Student:
@@ -49,8 +64,14 @@ def open_student(folder: Path, base: str | Backbone | None = None, dtype: torch.
 
     Prints a note where the base has other weights than the base that the student was trained on.
     """
-    student = Student.read(folder, base or seen_from(read_card(folder).base, folder), default_device(), dtype)
-    if note := student.base_note():
+    card = read_card(folder)
+    named = base or seen_from(card.base, folder)
+    if isinstance(named, str) and not card.own_network:
+        named = loaded(named, dtype or getattr(torch, card.dtype), default_device())
+    with working(f"reading {card.name}"):
+        student = Student.read(folder, named, default_device(), dtype)
+    network = student.backbone if student.base is None else student.base
+    if note := student.base_note(card.base_hash and hashed(network.module, getattr(torch, card.dtype))):
         console.print(f"note: {note}")
     return student
 
@@ -111,13 +132,13 @@ def run_sample(
     with in_options({"guidance.scale": "--guidance", "guidance.rescale": "--guidance-rescale"}):
         wished = Guidance(scale=1.0 if guidance is None else guidance, rescale=rescale or 0.0)
     require_seed(seed, "--seed")
-    if rescale is not None and find_folder(source) is not None:
+    if rescale is not None and student_in(source) is not None:
         raise ValueError(f"--guidance-rescale: got {rescale:g}, this is a student and needs no guidance; leave it out")
     model = open_model(source, base)
     prompts = prompts_of(backbone_of(model), prompts)
     wanted = [p for p in prompts for _ in range(count)]
     seeds = [seed + i for _ in prompts for i in range(count)]
-    rows, labels = [], []
+    drawn = dict[str, tuple[Tensor, float]]()
     if isinstance(model, Student):
         card = model.card
         if guidance not in (None, 1.0) and not card.guidance_scales:
@@ -137,35 +158,61 @@ def run_sample(
                 f"warning: --steps {taken}: this student was trained for {', '.join(map(str, model.card.steps))}"
             )
         if compare:
-            rows.append(_timed(model.backbone, wanted, seeds, 50, card.guidance, "ddim"))
-            labels.append(f"teacher, 50 steps, guidance {card.guidance.scale:g}")
-        rows.append(_timed(model, wanted, seeds, taken, wished, solver))
-        labels.append(f"student, {plural(taken, 'step')}")
+            label = f"teacher, 50 steps, guidance {card.guidance.scale:g}"
+            drawn[label] = _timed(model.backbone, wanted, seeds, 50, card.guidance, "ddim")
+        drawn[f"student, {plural(taken, 'step')}"] = _timed(model, wanted, seeds, taken, wished, solver)
     else:
         taken = steps or 50
-        rows.append(_timed(model, wanted, seeds, taken, wished, solver))
-        labels.append(f"teacher, {plural(taken, 'step')}, guidance {wished.scale:g}")
-    write_grid(out, torch.stack([strip(p) for p in rows]), labels, wanted)
+        label = f"teacher, {plural(taken, 'step')}, guidance {wished.scale:g}"
+        drawn[label] = _timed(model, wanted, seeds, taken, wished, solver)
+    rows, seconds = [images for images, _ in drawn.values()], {label: each for label, (_, each) in drawn.items()}
+    files = [write_grid(out, torch.stack([strip(p) for p in rows]), list(drawn), wanted)]
     console.print(str(out.resolve()))
     if rows[-1].ndim == 5:
         drawn_by = model.backbone if isinstance(model, Student) else model
         fps = drawn_by.fps if isinstance(drawn_by, LatentVideo) else FPS
         for i, video in enumerate(rows[-1]):
-            console.print(str(write_mp4(out.with_name(f"{out.stem}-{i}.mp4"), video, fps).resolve()))
+            files.append(write_mp4(out.with_name(f"{out.stem}-{i}.mp4"), video, fps))
+            console.print(str(files[-1].resolve()))
+    put_result({"files": [f.resolve() for f in files], "prompts": wanted, "seeds": seeds, "seconds_per_image": seconds})
+
+
+@contextmanager
+def rows_told(network: nn.Module, tell: Callable[[int], None]) -> Iterator[None]:
+    """Tell how many samples a network has been called with, calls together."""
+    done = 0
+
+    def seen(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], out: object) -> None:
+        nonlocal done
+        first = next((v for v in (*given, *named.values()) if isinstance(v, Tensor) and v.ndim > 1), None)
+        done += 0 if first is None else len(first)
+        tell(done)
+
+    hook = network.register_forward_hook(seen, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _timed(
     model: Backbone | Student, prompts: list[str], seeds: list[int], steps: int, guidance: Guidance, solver: str | None
-) -> torch.Tensor:
+) -> tuple[Tensor, float]:
+    """Return images, and the seconds that each took."""
+    if isinstance(model, Student):
+        who, cost, network = "student", card_nfe(model.card, steps), model.network
+    else:
+        who, cost = "teacher", total_nfe(steps, nfe_per_step(model.encode([""]), guidance))
+        network = model.module
     began = time.perf_counter()
-    with in_options({"steps": "--steps", "solver": "--solver", "prompts": "--prompt"}):
+    with (
+        in_options({"steps": "--steps", "solver": "--solver", "prompts": "--prompt"}),
+        working(f"drawing with the {who}", cost * len(prompts)) as tell,
+        rows_told(network, tell),
+    ):
         result = sample(model, prompts, seeds, steps=steps, guidance=guidance, solver=solver)
     seconds = (time.perf_counter() - began) / len(prompts)
     if flat := sum(float(image.amax() - image.amin()) < FLAT for image in result):
         console.print(f"warning: {flat} of {len(result)} images are one colour; run fewstep doctor TEACHER")
-    if isinstance(model, Student):
-        who, cost = "student", card_nfe(model.card, steps)
-    else:
-        who, cost = "teacher", total_nfe(steps, nfe_per_step(model.encode([""]), guidance))
     console.print(f"{who}: {plural(steps, 'step')}, {cost} NFE and {seconds:.3f} s per image")
-    return result
+    return result, seconds

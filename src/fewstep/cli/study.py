@@ -14,7 +14,7 @@ from ..study.key import KEY, Key, make_key, read_key, write_key
 from ..study.page import study_page
 from .lineup import KEPT, Lineup, bases_of, draw_lineup, names_of, sources_of, stacked, wished_prompts
 from .preflight import require_output
-from .progress import console
+from .progress import console, put_result
 
 PAGE = "study.html"
 
@@ -52,6 +52,7 @@ def run_study(given: Sequence[str], prompts: str, teacher: bool, base: str | Non
         f"the page works offline. Send {PAGE} alone: {KEY} and {KEPT}/ say whose images they are"
     )
     console.print(f"count the answers: {quoted('fewstep', 'study', '--count')} answers-*.json{_where(out)}")
+    put_result({"page": page.resolve(), "key": (out / KEY).resolve(), "pairs": len(key.pairs)})
 
 
 def _where(out: Path) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 from ..atomic import write_json, write_text
-from ..backbones.load import fingerprint, load_teacher, pipeline_of, quiet
+from ..backbones.load import fingerprint, pipeline_of, quiet
 from ..data.captioned import read_images
 from ..data.images import encode_images_of
 from ..findings import require
@@ -20,8 +20,9 @@ from ..training.state import checkpoints
 from ..zoo.pixel_teacher import PixelTeacherConfig, train_pixel_teacher
 from ..zoo.teacher import TeacherConfig, train_teacher
 from .before import look_before_finetune
+from .loading import loaded
 from .preflight import held
-from .progress import OnScreen, console, meter
+from .progress import OnScreen, console, meter, put_result
 from .prompts import say_found
 from .signals import stop_request
 
@@ -63,6 +64,7 @@ def run_train_teacher(source: str, overrides: list[str], out: Path | None) -> No
                         return
                     current = next(steps, None)
     console.print(f"teacher  {run / 'teacher'}")
+    put_result({"teacher": (run / "teacher").resolve()})
 
 
 def finetune_teacher(recipe: FinetuneRecipe, run: Path) -> Generator[tuple[str, FitStep], None, None]:
@@ -70,7 +72,7 @@ def finetune_teacher(recipe: FinetuneRecipe, run: Path) -> Generator[tuple[str, 
 
     Ends with `run/teacher`, an ordinary pipeline folder with the captions as prompts.
     """
-    teacher = load_teacher(recipe.teacher, device=default_device())
+    teacher = loaded(recipe.teacher, device=default_device())
     run.mkdir(parents=True, exist_ok=True)
     if not checkpoints(run):
         look_before_finetune(recipe, teacher, run)

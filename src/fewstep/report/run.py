@@ -51,7 +51,7 @@ def read_run(run: Path) -> Report:
 
     Parts whose files are not there yet are empty.
     """
-    about, evaluation = _read(run / "run.json", About), _evaluation(run / "final" / "eval.json")
+    about, evaluation = _read(run / "run.json", About), read_evaluation(run / "final" / "eval.json")
     metrics = read_metrics(run / "metrics.jsonl")
     rows = evaluation.get("rows", [])
     seconds = [m["seconds"] for m in metrics if "seconds" in m]
@@ -188,7 +188,7 @@ def _grid(path: Path) -> bytes:
         return require_png(require_regular(path).read_bytes())
 
 
-def _evaluation(path: Path) -> Mapping[str, Any]:
+def read_evaluation(path: Path) -> Mapping[str, Any]:
     """Read an evaluation.
 
     Raises ReadError where a value other than the model's name is no number.

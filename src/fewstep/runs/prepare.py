@@ -36,6 +36,7 @@ from ..data.trajectories import (
     trajectory_bytes,
 )
 from ..methods.method import Method
+from ..notebook import Board, in_notebook
 from ..objectives.rewards import Reward
 from ..processes import distributed_errors, is_first, this_process
 from ..report.words import plural, size
@@ -144,6 +145,21 @@ class Lines:
 
     def writing(self, path: Path, size: int) -> None:
         """Write nothing."""
+
+
+class Boards(Lines):
+    """Progress in a notebook: a bar for what takes long."""
+
+    @contextmanager
+    def meter(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show a bar."""
+        board = Board(title, total)
+        yield board.show
+
+
+def shown_progress() -> Progress:
+    """Return where this Python program shows its progress."""
+    return Boards() if in_notebook() else Lines()
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..atomic import write_bytes
 from ..backbones.base import Backbone, guided, nfe_per_step
 from ..backbones.base import rows as rows_of
 from ..backbones.generate import device_of, in_parts, sample_images, trajectory
@@ -26,11 +27,13 @@ from ..evaluation.features import feature_network, features
 from ..evaluation.motion import motion
 from ..methods.distribution_matching import DistributionMatching, draw
 from ..methods.method import Method, student_of
-from ..report.grids import write_grid
-from ..report.images import Images, StepGrid, Trajectory
+from ..notebook import in_notebook
+from ..report.grids import draw_grid
+from ..report.images import Images, StepGrid, Trajectory, png
 from ..report.video import strip
 from ..report.words import plural
 from ..roles.roles import Roles
+from ..student.folder import SAMPLES, preview_file
 from ..tensors import finite
 from ..training.monitor import MODERATE, ImageStats, drift, look, unfit
 from ..training.precision import Precision, computing
@@ -78,7 +81,7 @@ class Preview:
     """
 
     def __init__(self, drawing: Drawing, teacher: Backbone, shown: Embeddings, run: Path | None) -> None:
-        self.drawing, self.teacher, self.folder = drawing, teacher, None if run is None else run / "samples"
+        self.drawing, self.teacher, self.folder = drawing, teacher, None if run is None else run / SAMPLES
         self.prompts = shown.prompts
         self.seeds = [drawing.seed + i for i in range(len(self.prompts))]
         device = device_of(teacher.module)
@@ -91,6 +94,7 @@ class Preview:
             seen, self.moderate = self._looked(trajectory(teacher, moderate, self.seeds, times)[-1].x)
         self.features, self.seen = feature_network(), seen
         self.starts = {k: self._start(drawing.method, k) for k in drawing.method.counts}
+        self.image: Path | bytes | None = None  # the grid that `show` made last, a PNG
 
     def _looked(self, x: Tensor) -> tuple[Tensor, ImageStats]:
         """Decode states to images, and compute statistics of the images.
@@ -153,10 +157,11 @@ class Preview:
         rows |= {f"student, {plural(k, 'step')}": images for k, (images, _) in own.items()}
         if isinstance(method, DistributionMatching):
             rows |= self._compared(roles, method)
-        if self.folder is not None:
-            write_grid(
-                self.folder / f"step_{iteration:06d}.png", torch.stack(list(rows.values())), list(rows), self.prompts
-            )
+        if self.folder is not None or in_notebook():
+            grid = draw_grid(torch.stack(list(rows.values())), list(rows), self.prompts)
+            self.image = png(grid)
+            if self.folder is not None:
+                self.image = write_bytes(self.folder / preview_file(iteration), self.image)
         goal = self.seen.cpu()
         distances = {k: self._distance(images.cpu(), goal) for k, (images, _) in own.items()}
         if not iteration:

@@ -4,6 +4,7 @@ import sys
 import time
 import warnings
 from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ..data.prompts import Embeddings
 from ..data.trajectories import Trajectories
 from ..methods.method import Method
 from ..methods.metrics import filled, metric_names
+from ..notebook import Board
 from ..processes import this_process
 from ..report.images import save_images
 from ..report.run import IMAGES as IMAGES_FILE
@@ -105,6 +107,7 @@ def steps_of(run: Run) -> Generator[Step, None, None]:
                 method,
                 said,
                 left,
+                None if preview is None else preview.image,
                 teacher=run.teacher,
                 origin=origin,
             )
@@ -114,6 +117,20 @@ def steps_of(run: Run) -> Generator[Step, None, None]:
             yield whole
     finally:
         training.close()
+
+
+def shown(steps: Generator[Step, None, None], run: Run) -> Generator[Step, None, None]:
+    """Yield the steps of a run, and show them in a notebook.
+
+    One output has a bar with losses and time left, and the newest preview below.
+    """
+    board: Board | None = None
+    with closing(steps):
+        for step in steps:
+            board = board or Board(run.method.name, run.config.iterations, step.iteration - 1)
+            losses = "  ".join(f"{k} {v:.3g}" for k, v in step.metrics.items() if k.endswith("_loss") and v == v)
+            board.show(min(step.iteration, board.total), losses, step.seconds_left, step.image)
+            yield step
 
 
 def _preview(run: Run, watch: Watch | None) -> Preview | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..backbones.base import Backbone
+from ..notebook import as_html, png_of
 from ..student.student import Origin, Student
 from ..training import loop
 
@@ -30,11 +31,19 @@ class Step(loop.Step):
     origin: Origin = field(kw_only=True)
     warnings: tuple[str, ...] = ()
     seconds_left: float = 0.0  # until the last iteration, at the present speed
+    image: Path | bytes | None = None  # the newest preview, a PNG
 
     def __repr__(self) -> str:
         """Say where the training is, without its networks."""
         known = ", ".join(f"{k} {v:.4g}" for k, v in self.metrics.items() if v == v)
         return f"Step({self.iteration}: {known}; {self.seconds:.3g} s, {self.seconds_left:.0f} s left)"
+
+    def _repr_html_(self) -> str:
+        """Show the step in a notebook.
+
+        With the newest preview, where there is one. No network is run.
+        """
+        return as_html(repr(self), png_of(self.image))
 
     def student(self) -> Student:
         """Return the student on the run's own modules.

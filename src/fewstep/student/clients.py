@@ -37,15 +37,15 @@ def write_client_file(
     programs read. The file of a transformer has the original program's names, which ComfyUI and diffusers read,
     or else diffusers' own. Returns the file's name, or an empty one where no program reads LoRA of the family.
     """
-    if not info.loads_lora:
+    name = client_file(card, info)
+    if not name:
         return ""
     if not info.family.kohya:
         if isinstance(network, Experts):
             for own, tensors, part in zip(pair_files(card), split_state(state), experts_of(network), strict=True):
                 names = dict(info.family.original_names(part))
                 write_tensors(folder / own, native(tensors, names), own_header(card))
-            return pair_files(card)[0]
-        name = f"{card.name}-lora.safetensors"
+            return name
         names = dict(info.family.original_names(network)) if info.family.writes_original else {}
         if renamed(state, names):
             write_tensors(folder / name, native(state, names, shift_first(network)), own_header(card))
@@ -54,10 +54,22 @@ def write_client_file(
         return name
     assert card.alpha is not None
     kohya_names = dict(info.family.original_names(network)) if info.family.kohya == "original" else None
-    named, name = kohya(state, card.alpha, kohya_names), f"{card.name}-kohya.safetensors"
+    named = kohya(state, card.alpha, kohya_names)
     config: Mapping[str, Any] = network.config  # type: ignore[assignment]
     write_tensors(folder / name, named, kohya_header(card, info, config, named, size))
     return name
+
+
+def client_file(card: StudentCard, info: PipelineInfo) -> str:
+    """Return the name of the LoRA for programs that only know files.
+
+    Of a pair, that of the first file. Empty where no program reads LoRA of the family, and for a student without one.
+    """
+    if card.weights != "lora" or not info.loads_lora:
+        return ""
+    if info.boundary:
+        return pair_files(card)[0]
+    return f"{card.name}{'-kohya' if info.family.kohya else '-lora'}.safetensors"
 
 
 def pair_files(card: StudentCard) -> tuple[str, str]:

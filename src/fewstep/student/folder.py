@@ -15,17 +15,28 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..atomic import open_to_others, sync, sync_all, temporary_beside, unwritten, write_json, write_tensors, write_text
+from ..atomic import (
+    open_to_others,
+    sync,
+    sync_all,
+    temporary_beside,
+    unwritten,
+    utf8,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from ..backbones.base import Backbone
 from ..backbones.experts import PARTS, Experts
 from ..backbones.few_step import pipeline_info
-from ..backbones.files import load_network, network_places, save_lora, save_network, second_file
-from ..backbones.load import pipeline_of
+from ..backbones.files import NETWORK_FILE, load_network, network_places, save_lora, save_network, second_file
+from ..backbones.load import INDEX, local, pipeline_of
 from ..backbones.parts import DiffusersBackbone
-from ..backbones.schedulers import student_scheduler, visits_alone
+from ..backbones.schedulers import load_scheduler, student_scheduler, visits_alone
+from ..backbones.weights import header
 from ..core import timegrid
 from ..core.schedule import Schedule
-from ..hashes import LISTING, require_listed, weight_hashes
+from ..hashes import LISTING, UNLISTED, require_listed, weight_hashes
 from ..heads.curve import Curve
 from ..heads.head import Facts, Head, kind_of, make_head
 from ..names import read_name, require_path
@@ -34,10 +45,12 @@ from ..roles.step_condition import unfold, width, without_fold
 from ..tensors import read_tensors, require_floating
 from ..typed import shown, typed
 from .card import FORMAT, StudentCard, first_times, from_format_1, require_sound
-from .clients import other_programs, pair_files, write_client_file
+from .clients import client_file, other_programs, pair_files, write_client_file
 from .comfyui import workflow
 from .headers import own_header
+from .hub import find_on_hub, is_hub_id
 from .kohya import layers_of
+from .metadata import PLAIN, Shown
 from .model_card import model_card
 from .own_card import own_card
 
@@ -47,6 +60,10 @@ CONDITION_FILE = "step_condition.safetensors"
 HEAD_FILE = "trajp.safetensors"
 SCHEDULER = "scheduler"
 WORKFLOW = "comfyui-workflow.json"
+README = "README.md"
+SAMPLES = "samples"  # the folder of previews in a run
+PARTS_OF_STUDENT = ("peft", SCHEDULER, "unet", *PARTS)  # its subfolders, besides those of a whole pipeline
+KINDS_OF_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja")  # in them
 CURVE = "curve."  # prefix of a head's curve in the head's file
 AGAIN = "export the run again"
 
@@ -74,13 +91,37 @@ def find_folder(source: str | Path) -> Path | None:
     return next((p for p in (Path(source), Path(source) / "final") if (p / FILE).is_file()), None)
 
 
+def on_hub(source: object) -> bool:
+    """Return whether a source is a hub id, and no local path."""
+    return isinstance(source, str) and is_hub_id(source) and not os.path.lexists(source)
+
+
+def find_student(source: str | Path, option: str, weights: bool = True) -> Path | None:
+    """Find the student's folder of a source.
+
+    The source is a run, a student's folder, or a hub id. A student of the hub is downloaded, without `weights` its
+    card alone. None where there is no student. Raises ValueError where the hub cannot say.
+    """
+    folder = find_folder(source)
+    if folder is not None or not isinstance(source, str) or not on_hub(source):
+        return folder
+    try:
+        return find_on_hub(source, weights)
+    except ValueError as error:
+        raise ValueError(
+            f"{option}: {source} is no student folder here, and {error}; pass a run, its final/ folder or a hub id"
+        ) from error
+
+
 def require_folder(source: str | Path, option: str) -> Path:
-    """Return the student's folder of a run or of itself.
+    """Return the student's folder of a source, as `find_student` does.
 
     Raises ValueError if there is none.
     """
-    if (folder := find_folder(require_path(source, option))) is None:
-        raise ValueError(f"{option}: {source} is no student folder; pass a run or its final/ folder")
+    require_path(source, option)
+    if (folder := find_student(source, option)) is None:
+        here = f"no student folder here, and on the hub it has no {FILE}" if on_hub(source) else "no student folder"
+        raise ValueError(f"{option}: {source} is {here}; pass a run or its final/ folder")
     return folder
 
 
@@ -92,6 +133,21 @@ def holds_student(folder: Path) -> bool:
 def card_time(folder: Path) -> int:
     """Return when a student's card was written, in nanoseconds."""
     return (folder / FILE).stat().st_mtime_ns
+
+
+def preview_file(iteration: int) -> str:
+    """Return the name of a preview's file."""
+    return f"step_{iteration:06d}.png"
+
+
+def preview_of(folder: Path, card: StudentCard) -> Path:
+    """Return where the preview of a run's student would be."""
+    return folder.parent / SAMPLES / preview_file(card.iterations)
+
+
+def is_whole_pipeline(folder: Path) -> bool:
+    """Return whether a student's folder is a pipeline, which needs no base."""
+    return (folder / INDEX).is_file()
 
 
 def lora_path(folder: Path) -> Path:
@@ -272,9 +328,8 @@ def _write_files(folder: Path, name: str, backbone: Backbone, parts: Parts) -> N
 
     The folder will be called `name`.
     """
-    card, file = parts.card, ""
+    card = parts.card
     schedule, config = backbone.schedule, backbone.scheduler_config
-    even = all(timegrid.even(schedule, torch.tensor(times, dtype=torch.float64)) for times in card.timesteps.values())
     if parts.network is not None:
         save_network(folder, parts.network)
     if card.weights == "lora":
@@ -292,19 +347,89 @@ def _write_files(folder: Path, name: str, backbone: Backbone, parts: Parts) -> N
         write_head(folder, parts.head)
     if parts.vectors:
         write_tensors(folder / CONDITION_FILE, {f"{k:g}": v.float() for k, v in parts.vectors.items()})
-    if card.own_network:
-        about = own_card(card, name)
-    else:
-        info = pipeline_info(pipeline_of(backbone))
-        solver = card.solver[str(card.steps[0])]
-        scheduler, alone = student_scheduler(config, card.steps, solver, even), visits_alone(config, solver, even)
+    if not card.own_network:
+        even = times_are_even(card, schedule)
+        scheduler = student_scheduler(config, card.steps, card.solver[str(card.steps[0])], even)
         scheduler.save_pretrained(scheduler_path(folder))
-        elsewhere = other_programs(card, info, schedule, config, file, layers_of(parts.lora or {}), name)
-        shift = float(scheduler.config.get("shift", 1.0))
-        second = second_file(lora_path(folder)).name if info.boundary else ""
-        about = model_card(card, name, type(scheduler).__name__, info, alone, elsewhere, shift=shift, second=second)
     write_json(folder / FILE, asdict(replace(card, files=weight_hashes(folder))))
-    write_text(folder / "README.md", about)
+    write_text(folder / README, page_of(folder, card, name, backbone))
+
+
+def times_are_even(card: StudentCard, schedule: Schedule) -> bool:
+    """Return whether a step count alone says a student's times."""
+    return all(timegrid.even(schedule, torch.tensor(times, dtype=torch.float64)) for times in card.timesteps.values())
+
+
+def page_of(folder: Path, card: StudentCard, name: str, backbone: Backbone | None, shown: Shown = PLAIN) -> str:
+    """Return the README.md of a student's folder, which readers call `name`.
+
+    The folder has the student's weights and scheduler. `backbone` is that of the base, also of meta tensors, or that
+    of the folder itself where it is a whole pipeline; None does for a network of one's own.
+    """
+    if card.own_network or backbone is None:
+        return own_card(card, name, shown)
+    info, whole = pipeline_info(pipeline_of(backbone)), is_whole_pipeline(folder)
+    schedule, scheduler = backbone.schedule, load_scheduler(scheduler_path(folder))
+    alone = visits_alone(backbone.scheduler_config, card.solver[str(card.steps[0])], times_are_even(card, schedule))
+    elsewhere, second = "", ""
+    if file := client_file(card, info):
+        own = header(lora_path(folder))
+        layers = layers_of([k.removeprefix("unet.").removeprefix("transformer.") for k in own])
+        elsewhere = other_programs(card, info, schedule, backbone.scheduler_config, file, layers, name)
+        second = second_file(lora_path(folder)).name if info.boundary else ""
+    shift = float(scheduler.config.get("shift", 1.0))
+    return model_card(
+        card,
+        name,
+        type(scheduler).__name__,
+        info,
+        alone,
+        elsewhere,
+        whole=whole,
+        shift=shift,
+        second=second,
+        shown=shown,
+    )
+
+
+def files_for_others(folder: Path, card: StudentCard, page: str) -> tuple[dict[str, Path | bytes], list[str]]:
+    """Return a student's files as others get them, by their place.
+
+    Also returns the places of the files that are left out, which are no part of the student. Paths of this machine
+    are cut to their last part. `card` and `page` stand for those in the folder. Raises ValueError for a weight file
+    that is missing or has changed.
+    """
+    require_listed(folder, *card.files)
+    with reading(f"student: {folder / INDEX}", AGAIN):
+        named = object_in(folder / INDEX) if is_whole_pipeline(folder) else {}
+    parts = {*PARTS_OF_STUDENT, *named}
+    first = lora_path(folder)
+    own = (first.name, second_file(first).name, CONDITION_FILE, HEAD_FILE, NETWORK_FILE)  # old cards list no files
+    found: dict[str, Path | bytes] = {}
+    left = list[str]()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        place = path.relative_to(folder)
+        top = place.parts[0]
+        if len(place.parts) == 1:
+            kept = place.name in (*card.files, *own, WORKFLOW, INDEX) or place.name.endswith(UNLISTED)
+        else:
+            kept = top in parts and place.suffix in KINDS_OF_FILES
+        if kept and not any(part.startswith(".") for part in place.parts):
+            found[place.as_posix()] = _without_paths(path)
+        elif place.as_posix() not in (FILE, README):
+            left.append(place.as_posix())
+    return {README: utf8(page), FILE: utf8(json.dumps(asdict(card), indent=2) + "\n"), **found}, left
+
+
+def _without_paths(path: Path) -> Path | bytes:
+    """Return a file, or its content without a local path."""
+    if path.name != INDEX and not path.name.endswith("config.json"):
+        return path
+    with reading(f"student: {path}", AGAIN):
+        value = object_in(path)
+    named = {key: text for key in ("_name_or_path", "name_or_path") if isinstance(text := value.get(key), str)}
+    cut = {key: Path(text).name for key, text in named.items() if text and local(text)}
+    return utf8(json.dumps({**value, **cut}, indent=2) + "\n") if cut else path
 
 
 def seal(folder: Path) -> None:

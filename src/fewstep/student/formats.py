@@ -29,8 +29,7 @@ from ..core.solvers import SOLVERS
 from ..roles.adapters import remove_adapters
 from ..roles.roles import TRAINED
 from .card import StudentCard
-from .folder import scheduler_path, seal
-from .model_card import model_card
+from .folder import README, page_of, scheduler_path, seal
 from .student import Student
 
 # Largest difference between student and files: of a pixel in [0, 1], or relative to a state's largest element.
@@ -251,12 +250,7 @@ def write_pipeline(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
         # Parts of the base are still in use: copies are rounded.
         parts = with_network(pipe, network, scheduler, type(pipe))
         save_pipeline(out, parts if dtype == torch.float32 else copy.deepcopy(parts).to(dtype))
-        even = own_times(student) is None
-        shift = float(scheduler.config.get("shift", 1.0))
-        page = model_card(
-            whole.card, out.name, type(scheduler).__name__, pipeline_info(pipe), even, whole=True, shift=shift
-        )
-        write_text(out / "README.md", page)
+        write_text(out / README, page_of(out, whole.card, out.name, backbone))
     open_to_others(out)
     seal(out)
     if dtype != torch.float32:

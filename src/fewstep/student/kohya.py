@@ -4,7 +4,7 @@ Every program for Stable Diffusion reads these names.
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -66,9 +66,9 @@ def renamed(state: Mapping[str, Tensor], original: Mapping[str, str]) -> bool:
     return bool(original) and "" not in here and all(count == parts[name] for name, count in here.items())
 
 
-def layers_of(state: Mapping[str, Tensor]) -> list[str]:
+def layers_of(names: Iterable[str]) -> list[str]:
     """Return the layers that a LoRA changes, sorted.
 
-    The LoRA is in PEFT's file format.
+    `names` are those of its tensors in PEFT's file format.
     """
-    return sorted({k.removesuffix(e) for k in state for e in ENDINGS if k.endswith(e)})
+    return sorted({k.removesuffix(e) for k in names for e in ENDINGS if k.endswith(e)})

@@ -9,8 +9,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from ..backbones.denoiser_file import denoiser_file
 from ..backbones.few_step import PipelineInfo, told_times
 from ..backbones.files import PEFT_FOLDER
@@ -19,6 +17,7 @@ from ..backbones.single_file import PREDICTIONS, is_file, read_checkpoint
 from ..backbones.sizes import call_options
 from ..core.solvers import SOLVERS
 from .card import StudentCard, counted, guidance_text
+from .metadata import PLAIN, Shown, gallery, header
 
 
 def model_card(
@@ -31,6 +30,7 @@ def model_card(
     whole: bool = False,
     shift: float = 1.0,
     second: str = "",
+    shown: Shown = PLAIN,
 ) -> str:
     """Return the model card: Markdown with a hub header.
 
@@ -38,6 +38,7 @@ def model_card(
     and `shift` its shift of times. `info` is that of the base's pipeline; times that are not `even` are passed
     where the family's schedulers take times. `elsewhere` is a section on other programs. `whole` says that the
     folder is a pipeline, which needs no base. `second` is the file with the LoRA of a pair's second network.
+    `shown` is what a card on the hub has more.
     """
     steps, home, at = card.steps[0], _text(called(card.base)), _text(folder)
     times = ", ".join(f"{t:g}" for t in card.timesteps[str(steps)][:-1])
@@ -49,7 +50,7 @@ def model_card(
     counts = " or ".join(map(str, card.steps))
     part, peft = f"pipe.{info.part}", card.weights == "lora" and not info.loads_lora
     lora = (
-        f"{part} = PeftModel.from_pretrained({part}, {_text(f'{folder}/{PEFT_FOLDER}')})"
+        f"{part} = PeftModel.from_pretrained({part}, {at}, subfolder={_text(PEFT_FOLDER)})"
         if peft
         else f"pipe.load_lora_weights({at})"
     )
@@ -139,31 +140,17 @@ images = fewstep.sample(fewstep.load_student({at}), [""])  # or names of classes
         guidance = (
             f"conditioned on: with fewstep {served} by `guidance_scale`; the files alone are the student of the first"
         )
-    tag = (
-        ("text-to-video" if info.family.video else "text-to-image")
-        if info.family.takes_prompts
-        else "unconditional-image-generation"
-    )
+    tag = tag_of(info)
     tags = [tag, *(["lora"] if card.weights == "lora" else []), "few-step", card.method]
-    header = {
-        "license": card.licence,
-        "base_model": hub_id(card.base),
-        "library_name": "diffusers",
-        "pipeline_tag": tag,
-        "tags": tags,
-    }
     own_base = (
         ""
         if hub_id(card.base) or card.base in bundled()
         else f" Put your own path in place of {home}, the base that it was made on."
     )
-    return f"""---
-{yaml.safe_dump({k: v for k, v in header.items() if v}, sort_keys=False, allow_unicode=True).strip()}
----
-# {_plain(card.name)}
-
+    return f"""{header(card, "diffusers", tag, tags, shown)}# {plain(card.name)}
+{gallery(shown)}
 A {steps}-step generator distilled from {_code(called(card.base))} \
-with {_plain(card.method.upper())}, from {_plain(card.data)}.
+with {plain(card.method.upper())}, from {plain(card.data)}.
 
 | | |
 |---|---|
@@ -181,9 +168,24 @@ with {_plain(card.method.upper())}, from {_plain(card.data)}.
 ```
 
 {beyond}{own_base}{others}
-{elsewhere}
-The licence of the base model applies to this student.
+{elsewhere}{shown.evaluation}
+{licence_text(card, shown)}
 """
+
+
+def tag_of(info: PipelineInfo) -> str:
+    """Return what the hub calls a pipeline's task."""
+    if not info.family.takes_prompts:
+        return "unconditional-image-generation"
+    return "text-to-video" if info.family.video else "text-to-image"
+
+
+def licence_text(card: StudentCard, shown: Shown) -> str:
+    """Say which licence a student has."""
+    if shown.licence is None or card.own_network:
+        return "The licence of the base model applies to this student."
+    where = f", {shown.licence.link}" if "://" in shown.licence.link else ""
+    return f"The licence of the base model applies to this student: {plain(str(shown.licence))}{plain(where)}."
 
 
 def base_loading(base: str, pipeline: str) -> tuple[str, bool]:
@@ -226,7 +228,7 @@ def _text(value: str) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _plain(value: str) -> str:
+def plain(value: str) -> str:
     """Escape a text in which Markdown would find markup."""
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(value.split()))
 

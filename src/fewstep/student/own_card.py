@@ -4,12 +4,13 @@ The page says which network to bring, and how to call the student.
 """
 
 from .card import StudentCard, counted, guidance_text
+from .metadata import PLAIN, Shown, gallery, header
 
 
-def own_card(card: StudentCard, folder: str) -> str:
-    """Return the model card in Markdown.
+def own_card(card: StudentCard, folder: str, shown: Shown = PLAIN) -> str:
+    """Return the model card in Markdown, with a header for the hub.
 
-    `folder` is the reader's name for the folder of the card.
+    `folder` is the reader's name for the folder of the card; `shown` is what a card on the hub has more.
     """
     steps = card.steps[0]
     times = ", ".join(f"{t:g}" for t in card.timesteps[str(steps)][:-1])
@@ -22,8 +23,8 @@ def own_card(card: StudentCard, folder: str) -> str:
         process += f", sigma_data={card.sigma_data:g}"
     heard = f", conditions=...)  # tensors: {', '.join(card.conditions)}" if card.conditions else ")"
     prompt = "a prompt" if card.conditions else ""
-    return f"""# {card.name}
-
+    return f"""{header(card, "fewstep", "", ["few-step", card.method], shown)}# {card.name}
+{gallery(shown)}
 A {steps}-step generator distilled from `{card.base}`, a network of one's own (`{card.own_network}`), \
 with {card.method.upper()}, from {card.data}.
 
@@ -49,4 +50,4 @@ teacher = fewstep.Denoiser({card.own_network}(...), schedule, shape={card.shape}
 student = fewstep.load_student("{folder}", base=teacher)
 states = fewstep.sample(student, ["{prompt}"] * 4)
 ```
-"""
+{shown.evaluation}"""

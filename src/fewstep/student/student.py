@@ -26,13 +26,14 @@ from ..core.solvers import Denoise, State, with_analytic_first_step
 from ..heads.head import Head, kind_of, require_steps
 from ..methods.method import Method
 from ..names import LONGEST, made_name, require_path
+from ..notebook import as_html, png_of
 from ..roles import step_condition
 from ..roles.adapters import Adapter, attach_adapter, merge, plain_state
 from ..roles.roles import Roles, copied
 from ..roles.step_condition import StepCondition
 from .base import process_of, require_own
 from .card import StudentCard, card_nfe, first_times
-from .folder import Parts, holds_student, read_card, read_parts, require_folder, write_parts
+from .folder import Parts, holds_student, preview_of, read_card, read_parts, require_folder, write_parts
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ class Student:
     base: Backbone | None = None  # the base as passed
     # The one condition value that the student is written for; None: the card's first, with all vectors.
     only: float | None = None
+    folder: Path | None = None  # where it was read
 
     def __repr__(self) -> str:
         """Say what a person wants to know: method, base, steps and NFE."""
@@ -128,6 +130,13 @@ class Student:
         served = ", ".join(f"{k} steps ({card_nfe(card, k)} NFE)" for k in card.steps)
         weights = f"LoRA of rank {card.rank}" if card.weights == "lora" else f"weights: {card.weights}"
         return f"Student({card.name}: {card.method} of {card.base}, {served}, {weights})"
+
+    def _repr_html_(self) -> str:
+        """Show the student in a notebook.
+
+        With the preview of its run, where there is one. No network is run.
+        """
+        return as_html(repr(self), None if self.folder is None else png_of(preview_of(self.folder, self.card)))
 
     @staticmethod
     def read(
@@ -163,7 +172,7 @@ class Student:
             named = load_teacher(named, dtype or getattr(torch, card.dtype), device)
         backbone = at_size(named, card.size or None)
         require_own(card, backbone, folder, other_weights)
-        found = Student.from_parts(read_parts(folder, backbone), backbone)
+        found = replace(Student.from_parts(read_parts(folder, backbone), backbone), folder=folder)
         if base is None and (note := found.base_note()):
             warnings.warn(note, stacklevel=2)
         return found
@@ -296,7 +305,9 @@ class Student:
             guidance_scales=(),
             guidance=baked,
         )
-        return replace(self, card=only, only=(baked.scale if scales else float(steps)) if conditioned else None)
+        return replace(
+            self, folder=None, card=only, only=(baked.scale if scales else float(steps)) if conditioned else None
+        )
 
     def merged(self) -> "Student":
         """Return the same student as one network without LoRA.
@@ -363,16 +374,16 @@ class Student:
         finally:
             self.adapter.switch(False)
 
-    def base_note(self) -> str:
+    def base_note(self, found: str = "") -> str:
         """Say if the base's weights differ from those of the training.
 
-        Empty if the weights are the same.
+        Empty if the weights are the same. `found` is the base's fingerprint, where it is known.
         """
         card, backbone = self.card, self.backbone if self.base is None else self.base
-        if (
-            not card.base_hash
-            or (found := fingerprint(backbone.module, through=getattr(torch, card.dtype))) == card.base_hash
-        ):
+        if not card.base_hash:
+            return ""
+        found = found or fingerprint(backbone.module, through=getattr(torch, card.dtype))
+        if found == card.base_hash:
             return ""
         return (
             f"the base {backbone.name} has other weights (SHA-256 {found}...) "
