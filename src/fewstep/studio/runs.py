@@ -214,7 +214,7 @@ def build(place: Place) -> RunsTab:
             queue = gr.HTML(words.note(NONE), elem_id="queue")
             with gr.Accordion("Queue", open=False, visible=bool(place.line.jobs())) as waiting:
                 out = gr.Dropdown([], label="Waits", info="One run trains at a time; the others begin by themselves.")
-                take = gr.Button("Take it out of the queue", size="sm")
+                take = gr.Button("Take it out of the queue", size="sm", elem_id="take-out")
         with gr.Column(scale=3, min_width=300):
             about = gr.HTML(words.note(CHOOSE), elem_id="about")
             with gr.Row():

@@ -34,6 +34,7 @@ from ..student.folder import card_time, read_card
 from ..student.student import Student
 from ..training.loop import default_device
 from . import words
+from .faults import PlainError, plainly
 from .folders import BEST, FINAL, record_of, student_names
 from .images import Settings, enlarged, settings_in, with_settings
 from .place import NETWORK, Place
@@ -145,14 +146,18 @@ def _seeds(asked: Settings) -> list[int]:
     return list(range(asked.seed, asked.seed + asked.count))
 
 
+def conditions(student: Student) -> list[int]:
+    """Return the step counts that a student can be told, [0] for one that is told none."""
+    return sorted(student.card.steps) if student.vectors and not student.card.guidance_scales else [0]
+
+
 def steps_grid(student: Student, asked: Settings) -> Image.Image:
     """Sample a student for every pair of its step counts.
 
     It is conditioned on the count of a row and sampled in that of a column (TDM, figure 10). A student without
     conditions has one row.
     """
-    counts = sorted(student.card.steps)
-    told = counts if student.vectors and not student.card.guidance_scales else [0]
+    counts, told = sorted(student.card.steps), conditions(student)
     prompt = prompt_for(student.backbone, asked.prompt)
     scale = asked.guidance if student.card.guidance_scales and asked.guidance is not None else 1.0
 
@@ -286,25 +291,25 @@ def build(place: Place, tab: gr.Tab) -> None:
 
     nothing = [gr.update(visible=False)] * 3
 
+    def failed(error: PlainError) -> list[Any]:
+        return [words.note(error, "bad"), *nothing, "", gr.update(visible=False)]
+
     def draw(*fields: Any) -> Iterator[list[Any]]:
         """Sample student and teacher."""
         try:
-            *own, with_teacher = fields
-            asked = settings_for(*own)
-            yield [words.note("The student is loaded."), *nothing, "", gr.update(visible=False)]
-            model, base_note = models.read(Path(asked.student))
-            yield [words.note("The student samples."), *nothing, "", gr.update(visible=False)]
-            drawn = [by_student(model, asked)]
-            if with_teacher:
-                yield [
-                    words.note("The teacher samples."),
-                    *nothing,
-                    words.table(HEADS, [drawn[0].row]),
-                    gr.update(visible=False),
-                ]
-                drawn.insert(0, by_teacher(model, asked))
-        except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-            yield [words.note(error, "bad"), *nothing, "", gr.update(visible=False)]
+            with plainly(place.told):
+                *own, with_teacher = fields
+                asked = settings_for(*own)
+                yield [words.note("The student is loaded."), *nothing, "", gr.update(visible=False)]
+                model, base_note = models.read(Path(asked.student))
+                yield [words.note("The student samples."), *nothing, "", gr.update(visible=False)]
+                drawn = [by_student(model, asked)]
+                if with_teacher:
+                    row = words.table(HEADS, [drawn[0].row])
+                    yield [words.note("The teacher samples."), *nothing, row, gr.update(visible=False)]
+                    drawn.insert(0, by_teacher(model, asked))
+        except PlainError as error:
+            yield failed(error)
             return
         yield finished(drawn, asked, model.card, base_note)
 
@@ -334,15 +339,18 @@ def build(place: Place, tab: gr.Tab) -> None:
     def draw_steps(*fields: Any) -> Iterator[list[Any]]:
         """Sample the grid of step counts."""
         try:
-            asked = settings_for(*fields[:-1])
-            yield [words.note("The grid is sampled."), *nothing, "", gr.update(visible=False)]
-            model, _ = models.read(Path(asked.student))
-            made = steps_grid(model, asked)
-        except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-            yield [words.note(error, "bad"), *nothing, "", gr.update(visible=False)]
+            with plainly(place.told):
+                asked = settings_for(*fields[:-1])
+                yield [words.note("The grid is sampled."), *nothing, "", gr.update(visible=False)]
+                model, _ = models.read(Path(asked.student))
+                made = steps_grid(model, asked)
+        except PlainError as error:
+            yield failed(error)
             return
         file = write_bytes(place.downloads / f"fewstep-{asked.seed}-grid.png", with_settings(made, asked))
-        told = "Rows: the step count that it is told. Columns: the one it is sampled in."
+        told = "Columns: the step count that it is sampled in."
+        if len(conditions(model)) > 1:
+            told = f"Rows: the step count that it is told. {told}"
         yield [
             words.note(told),
             *nothing[:2],
