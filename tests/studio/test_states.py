@@ -217,7 +217,7 @@ def test_students_and_their_teacher_are_compared(scene: Scene) -> None:
     found = scene.walker.browser.run(names)
     assert sum("teacher" in name for name in found) == 1, found
     assert scene.walker.browser.run(f"{inside} return d.querySelector('#prompt').textContent").endswith(CLASS)
-    wiped = f"{inside} return d.querySelector('.stage').innerHTML"
+    wiped = f"{inside} return d.querySelector('.stage').getAttribute('style')"
     before = scene.walker.browser.run(wiped)
     moved = "line.value = 10; line.dispatchEvent(new Event('input'))"
     scene.walker.browser.run(f"{inside} const line = d.querySelector('.stage input'); {moved}")

@@ -27,7 +27,7 @@ def page(place: Place) -> gr.Blocks:
         )
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Runs", id="runs"):
-                own_runs = runs.build(place)
+                own_runs = runs.build(place, blocks)
             with gr.Tab("New", id="new"):
                 own_new = new.build(place)
             with gr.Tab("Sample", id="sample") as own_sample:

@@ -150,7 +150,7 @@ def build(place: Place) -> NewTab:
                 "", label="Or a file or a hub data set", info=".txt, .jsonl, .csv, .tsv, or owner/name."
             )
             upload = gr.File(
-                label="Or drop a file", file_types=[".txt", ".jsonl", ".csv", ".tsv"], type="filepath", height=110
+                label="Or drop a file", file_types=[".txt", ".jsonl", ".csv", ".tsv"], type="filepath", height=150
             )
         look = gr.Button("Look at the prompts", size="sm", elem_id="look-prompts")
         prompt_facts = gr.HTML(elem_id="about-prompts")
@@ -171,7 +171,7 @@ def build(place: Place) -> NewTab:
         with gr.Row():
             setting = gr.Dropdown(list(known), label="Any other setting", value=None, min_width=240)
             value = gr.Textbox("", label="Its value", min_width=160)
-            add = gr.Button("Set it", size="sm", min_width=90)
+            add = gr.Button("Set it", size="md", min_width=90, elem_classes="fs-low", elem_id="set-it")
         setting_facts = gr.HTML(elem_id="about-setting")
         more = gr.Textbox(
             "", label="More settings, one a line", lines=2, max_lines=16, placeholder="train.ema=0.99", elem_id="more",
@@ -185,7 +185,7 @@ def build(place: Place) -> NewTab:
                 info="Of this machine where it has no card.",
                 elem_id="memory",
             )
-            count = gr.Button("Does it fit?", elem_id="plan")
+            count = gr.Button("Does it fit?", elem_id="plan", elem_classes="fs-low")
         fits = gr.HTML(elem_id="fits")
         use = gr.Button("Take the settings that fit", size="sm", visible=False, elem_id="take-fitting")
         found = gr.State([])

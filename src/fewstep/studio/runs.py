@@ -198,7 +198,7 @@ def _changed(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
     return [gr.skip() if i < len(old) and old[i] == value else value for i, value in enumerate(new)]
 
 
-def build(place: Place) -> RunsTab:
+def build(place: Place, whole_page: gr.Blocks) -> RunsTab:
     """Build the tab."""
     folder = place.folder
     with gr.Row():
@@ -240,7 +240,7 @@ def build(place: Place) -> RunsTab:
                         label="Teacher | student: draw the line", format="png", type="pil", interactive=False,
                         elem_classes="fs-wipe", elem_id="wipe", max_height=420, buttons=["fullscreen"],
                     )  # fmt: skip
-                    rows = gr.HTML(words.note("No preview yet."), elem_id="strips")
+                    rows = gr.HTML(elem_id="strips")
                 with gr.Tab("Curves"):
                     curves = gr.HTML(words.note(CHOOSE), elem_id="curves")
                 with gr.Tab("Warnings"):
@@ -387,10 +387,11 @@ def build(place: Place) -> RunsTab:
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     slow_out = [curves, warned, at, prompt, row, when, slider, rows, seen]
-    fast.tick(look, [chosen, before], looked, **quiet)
-    slow.tick(look_slowly, [chosen, seen, at, prompt, row], slow_out, concurrency_id=PLOTS, **quiet)
-    chosen.change(look, [chosen, before], looked, **quiet)
-    chosen.change(look_slowly, [chosen, seen, at, prompt, row], slow_out, concurrency_id=PLOTS, **quiet)
+    for begins, begins_slowly in (
+        (whole_page.load, whole_page.load), (chosen.change, chosen.change), (fast.tick, slow.tick)
+    ):  # fmt: skip
+        begins(look, [chosen, before], looked, **quiet)
+        begins_slowly(look_slowly, [chosen, seen, at, prompt, row], slow_out, concurrency_id=PLOTS, **quiet)
     chosen.change(lambda: ("", words.note("Press Report to write it.")), None, [done, page], **quiet)
     for part in (at, prompt, row):
         part.input(turn, [chosen, at, prompt, row], [when, slider, rows], trigger_mode="always_last", **quiet)

@@ -42,6 +42,7 @@ from .place import NETWORK, Place
 OWN = "the student's own"
 TEACHER_STEPS = 50
 MOST = 16  # images at once
+BEGIN = "Images appear here: the student's beside its teacher's, from the same noise, with what they took."
 EMPTY = "No student yet. A run has one in its folder final/ as soon as it has finished, and in best/ while it trains."
 
 
@@ -227,9 +228,16 @@ def build(place: Place, tab: gr.Tab) -> None:
                 info="Or the class of a class model.",
             )
             with gr.Row():
-                seed = gr.Number(0, label="Seed", precision=0, min_width=90, elem_id="seed")
+                seed = gr.Number(0, label="Seed", precision=0, min_width=90, elem_id="seed", info="Of the first.")
                 count = gr.Number(
-                    1, label="Images", precision=0, minimum=1, maximum=MOST, min_width=90, elem_id="count"
+                    1,
+                    label="Images",
+                    precision=0,
+                    minimum=1,
+                    maximum=MOST,
+                    min_width=90,
+                    elem_id="count",
+                    info="Of seeds in a row.",
                 )
             steps = gr.Slider(1, 8, 4, step=1, label="Steps", elem_id="steps")
             with gr.Row():
@@ -241,13 +249,13 @@ def build(place: Place, tab: gr.Tab) -> None:
             with gr.Row():
                 go = gr.Button("Sample", variant="primary", elem_id="go", min_width=120)
                 grid = gr.Button("Steps grid", elem_id="steps-grid", min_width=120)
-                free = gr.Button("Free its memory", elem_id="free", min_width=120)
+            free = gr.Button("Free its memory", size="sm", elem_id="free")
             dropped = gr.File(
                 label="Drop an image of the studio to take its settings", file_types=[".png"], type="filepath",
-                height=110, elem_id="dropped",
+                height=150, elem_id="dropped",
             )  # fmt: skip
         with gr.Column(scale=2, min_width=300):
-            said = gr.HTML(elem_id="sample-said")
+            said = gr.HTML(words.note(BEGIN), elem_id="sample-said")
             slider = gr.ImageSlider(
                 label="Teacher | student: draw the line", format="png", type="pil", interactive=False, visible=False,
                 elem_classes="fs-wipe", elem_id="sample-wipe", max_height=560, buttons=["fullscreen"],
