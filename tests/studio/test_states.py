@@ -89,6 +89,7 @@ def scene(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def test_a_run_of_another_process_is_live(scene: Scene) -> None:
     scene.walker.choose("live")
     scene.walker.reads("#about", "Iteration 3 of 10.")
+    scene.walker.tab("Log")
     scene.walker.reads("#log", "in the terminal that did")
     trained(scene.live, 4, warnings=[DRIFT])
     scene.walker.reads("#about", "Iteration 4 of 10.")

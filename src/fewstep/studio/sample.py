@@ -265,7 +265,13 @@ def build(place: Place, tab: gr.Tab) -> None:
                 elem_id="gallery", interactive=False,
             )  # fmt: skip
             figure = gr.Image(
-                label="Steps grid", format="png", type="pil", interactive=False, visible=False, elem_id="grid"
+                label="Steps grid",
+                format="png",
+                type="pil",
+                interactive=False,
+                visible=False,
+                elem_id="grid",
+                buttons=["fullscreen"],
             )
             times = gr.HTML(elem_id="times")
             download = gr.DownloadButton("Download with its settings", visible=False, elem_id="download")
@@ -331,7 +337,9 @@ def build(place: Place, tab: gr.Tab) -> None:
         )  # fmt: skip
         told += words.note(base_note, "warn") if base_note else ""
         images = [
-            (enlarged(to_pil(x)), f"{d.name}, seed {asked.seed + i}") for d in drawn for i, x in enumerate(d.images)
+            (enlarged(to_pil(x)), f"{d.name.partition(',')[0]}, seed {asked.seed + i}")
+            for d in drawn
+            for i, x in enumerate(d.images)
         ]
         pair = (images[0][0], images[asked.count][0]) if len(drawn) > 1 else None
         alone = len(drawn) > 1 and asked.count == 1
