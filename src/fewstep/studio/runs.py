@@ -342,6 +342,11 @@ def build(place: Place, whole_page: gr.Blocks) -> RunsTab:
             new,
         ]
 
+    def turned_away() -> list[Any]:
+        """Show nothing of the run before."""
+        read = words.note("It is read.")
+        return ["", words.note("Press Report to write it."), read, read, "", None, read, NOTHING]
+
     def which(run: str | None, at: float) -> str:
         found = previews(stage_of(Path(run))) if run else []
         if not found:
@@ -387,12 +392,15 @@ def build(place: Place, whole_page: gr.Blocks) -> RunsTab:
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     slow_out = [curves, warned, at, prompt, row, when, slider, rows, seen]
-    for begins, begins_slowly in (
-        (whole_page.load, whole_page.load), (chosen.change, chosen.change), (fast.tick, slow.tick)
-    ):  # fmt: skip
+    slowly: dict[str, Any] = {
+        "fn": look_slowly, "inputs": [chosen, seen, at, prompt, row], "outputs": slow_out, "concurrency_id": PLOTS,
+        **quiet,
+    }  # fmt: skip
+    for begins in (whole_page.load, chosen.change, fast.tick):
         begins(look, [chosen, before], looked, **quiet)
-        begins_slowly(look_slowly, [chosen, seen, at, prompt, row], slow_out, concurrency_id=PLOTS, **quiet)
-    chosen.change(lambda: ("", words.note("Press Report to write it.")), None, [done, page], **quiet)
+    whole_page.load(**slowly)
+    slow.tick(**slowly)
+    chosen.change(turned_away, None, [done, page, curves, warned, when, slider, rows, seen], **quiet).then(**slowly)
     for part in (at, prompt, row):
         part.input(turn, [chosen, at, prompt, row], [when, slider, rows], trigger_mode="always_last", **quiet)
     halt.click(end, chosen, done, api_visibility="private")
