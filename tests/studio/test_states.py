@@ -237,8 +237,8 @@ def test_beyond_this_machine_a_password_is_asked_for(browser: Browser, tmp_path:
         assert not browser.run("return !!document.querySelector('#runs, #queue')")
         for word in ("open barley", "open sesame"):
             browser.until(lambda: bool(browser.run("return !!document.querySelector('input[type=password]')")))
-            for kind, text in (("text", "anna"), ("password", word)):
-                browser.run("document.querySelector(arguments[0]).focus()", f"input:not([type]), input[type={kind}]")
+            for field, text in ((":is(input:not([type=password]), textarea)", "anna"), ("[type=password]", word)):
+                browser.run("document.querySelector(arguments[0]).focus()", field)
                 browser.chord("Control", "a")
                 browser.press(*text)
             browser.press("Enter")
