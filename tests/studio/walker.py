@@ -128,6 +128,9 @@ class Walker:
 
     def open(self, title: str) -> None:
         """Open a part of the page that is closed."""
-        heads = "[...document.querySelectorAll('button.label-wrap')].filter(e => e.querySelector('span')?.innerText.trim() === arguments[0])[0]"
+        heads = (
+            "[...document.querySelectorAll('button.label-wrap')]"
+            ".filter(e => e.querySelector('span')?.innerText.trim() === arguments[0])[0]"
+        )
         self.browser.until(lambda: bool(self.browser.run(f"return !!({heads})", title)))
         self.browser.run(f"const e = {heads}; if (!e.classList.contains('open')) e.click()", title)
