@@ -61,7 +61,7 @@ def begin(walker: Walker, folder: Path) -> None:
     walker.fill("#name", "walk", "Tab")
     walker.fill("#more", "train.ema=0.9", "Tab")
     walker.press("#start")
-    walker.reads("#about", "walk", 60)
+    walker.reads("#about", "walk")
 
 
 def watch(walker: Walker) -> None:
@@ -86,7 +86,7 @@ def stop_and_resume(walker: Walker) -> None:
     walker.press("#resume")
     walker.reads("#done", "last checkpoint")
     walker.reads("#about", "training")
-    walker.reads("#about", "finished", 400)
+    walker.reads("#about", "finished")
     walker.reads("#log", "resuming")
     walker.press("#report")
     walker.reads("#done", "report.html")

@@ -15,6 +15,7 @@ from tests import tiny
 from tests.browser import Browser
 
 CLASS = "<img src=x onerror=alert(1)> **cat**"  # a class, and so a prompt, with HTML and Markdown in it
+PATIENCE = 600.0  # seconds, on a machine that others use
 TAB = (
     "[...document.querySelectorAll('button[role=tab]')].filter(e => e.checkVisibility({visibilityProperty: true}) && "
     "e.textContent.trim() === arguments[0])[0]"
@@ -93,14 +94,14 @@ class Walker:
         self.browser.chord("Control", "a")
         self.browser.press("Backspace", *text, *keys)
 
-    def reads(self, selector: str, word: str, seconds: float = 240) -> None:
+    def reads(self, selector: str, word: str, seconds: float = PATIENCE) -> None:
         """Wait until a part of the page says something."""
         try:
             self.browser.until(lambda: word in self.text(selector), seconds)
         except AssertionError as error:
             raise AssertionError(f"{selector} reads {self.text(selector)!r}, not {word!r}") from error
 
-    def has(self, selector: str, seconds: float = 240) -> None:
+    def has(self, selector: str, seconds: float = PATIENCE) -> None:
         """Wait until something is on the page."""
         there = "return !!document.querySelector(arguments[0])"
         self.browser.until(lambda: bool(self.browser.run(there, selector)), seconds)

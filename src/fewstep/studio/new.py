@@ -246,7 +246,7 @@ def build(place: Place) -> NewTab:
         """Count the prompts and measure their length."""
         try:
             wish = Wish.of(fields)
-            file = prompts_file(wish, place.downloads / "prompts")
+            file = prompts_file(wish, place.downloads / "pasted")
             if not file:
                 return words.note("No prompts are given; the recipe's own are taken.")
             return words.lines("\n".join(about_prompts(file, wish.own_teacher)))
@@ -261,7 +261,7 @@ def build(place: Place) -> NewTab:
         """Count the memory and find what fits."""
         memory_ = (card or "").strip()
         try:
-            command = ordered(Wish.of(fields), place.downloads / "prompts").plan(memory_)
+            command = ordered(Wish.of(fields), place.downloads / "pasted").plan(memory_)
         except (ValueError, OSError) as error:
             yield [words.note(error, "bad"), gr.update(visible=False), []]
             return
@@ -280,7 +280,7 @@ def build(place: Place) -> NewTab:
     def rehearse(*fields: Any) -> Iterator[list[Any]]:
         """Run everything but the training."""
         try:
-            order = ordered(Wish.of(fields), place.downloads / "prompts")
+            order = ordered(Wish.of(fields), place.downloads / "pasted")
         except (ValueError, OSError) as error:
             yield [words.note(error, "bad"), ""]
             return
