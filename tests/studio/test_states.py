@@ -1,10 +1,11 @@
 """The studio's page where things are odd: other processes, ended ones, a queue, mistakes, HTML, a password."""
 
+import html
 import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from fewstep.cli.studio import line_of
+from fewstep.studio.settings import main_settings
 from fewstep.training.lock import holder_of
 from tests.browser import DESK, Browser, browsing
 from tests.studio.walker import CLASS, Walker, recipe
@@ -84,6 +86,129 @@ def scene(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             page.close()
             trainer.kill()
             trainer.wait()
+
+
+@pytest.fixture
+def handlers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, Callable[..., Any]]:
+    """What the page's buttons run, by name; nothing is started."""
+    from fewstep.studio.app import page
+    from fewstep.studio.place import Place
+    from fewstep.studio.queue import Line
+
+    def never(argv: Sequence[str], run: Path) -> None:
+        raise AssertionError(f"{run} was started")
+
+    monkeypatch.setattr("fewstep.studio.queue.run_apart", never)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "old").mkdir(parents=True)
+    built = page(Place(tmp_path / "runs", Line(tmp_path / "runs"), line_of))
+    return {own.fn.__name__: own.fn for own in built.fns.values() if own.fn is not None}
+
+
+def said_by(handler: Callable[..., Any], *fields: Any) -> str:
+    """All that a handler puts on the page at last, as text."""
+    made = handler(*fields)
+    last = list(made)[-1] if isinstance(made, Iterator) else made
+    return html.unescape(str(last if isinstance(last, str) else last[0]))
+
+
+def wished(**changed: str | None) -> list[str | None]:
+    """The fields of a new training, some of them changed; `lr` is the third of the main settings."""
+    plain = {"recipe": "demo", "teacher": "", "name": "odd", "pasted": "", "source": "", "dropped": None, "lines": ""}
+    boxes = list(main_settings("demo").values())
+    return [*(plain | {k: v for k, v in changed.items() if k in plain}).values(), *boxes[:2],
+            changed.get("lr", boxes[2]), *boxes[3:]]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        ({"name": ""}, "nothing but dots and spaces"),
+        ({"name": "../x"}, "choose another"),
+        ({"name": "con"}, "is a device on Windows"),
+        ({"name": "x" * 300}, "more than 100"),
+        ({"name": HTML}, "choose another"),
+        ({"name": "old"}, "old is there already"),
+        ({"recipe": None}, "recipe: got none"),
+        ({"recipe": "nowhere"}, "no shipped recipe is called nowhere"),
+        ({"recipe": "/etc/passwd"}, "recipe"),
+        ({"recipe": "/proc"}, "recipe"),
+        ({"lr": "-1"}, "train.lr"),
+        ({"lr": "nan"}, "train.lr"),
+        ({"lr": HTML}, "train.lr"),
+        ({"lines": "train.lr"}, "more settings"),
+        ({"lines": "=3"}, "more settings"),
+        ({"lines": "train.nope=1"}, "train.nope"),
+        ({"lines": "train.lr=[1"}, "train.lr"),
+        ({"lines": "name=../x"}, "name"),
+        ({"dropped": "/proc/gone"}, "gone"),
+    ],
+)
+def test_an_odd_wish_is_refused_in_one_line(
+    changed: dict[str, str | None], word: str, handlers: Mapping[str, Callable[..., Any]], tmp_path: Path
+) -> None:
+    said = said_by(handlers["begin"], *wished(**changed))
+    assert word in said
+    assert "fault of fewstep" not in said
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["old"]
+
+
+@pytest.mark.parametrize(
+    ("handler", "fields", "word"),
+    [
+        ("tell_teacher", wished(teacher="/etc"), "/etc"),
+        ("tell_teacher", wished(teacher=HTML), HTML),
+        ("tell_prompts", wished(pasted=" \n\t"), "No prompts are given"),
+        ("tell_prompts", wished(source="/etc"), "/etc"),
+        ("draw", ["", "cat", 0, 1, 4, "", None, True], "student: got none"),
+        ("draw", ["nowhere", "cat", None, 1, 4, "", None, True], "allowed are whole numbers"),
+        ("draw", ["nowhere", "cat", 0, 1, 4, "", None, True], "nowhere"),
+        ("draw_steps", ["/etc", "cat", 0, 1, 4, "", None, True], "/etc"),
+        ("put_side_by_side", [[], "6", True, ""], "choose one or more"),
+        ("make_blind", [[], "6", True, "../x"], "choose one or more"),
+        ("tell", [None, ""], "Choose a blind vote first"),
+        ("tell", ["/etc", "{"], "the answers"),
+        ("tell", ["/etc", '{"rater": 1, "answers": []}'], "no vote yet"),
+        ("open_study", ["/etc"], "study.html"),
+        ("write", ["", "x", "student", "", None, "float32"], "student: got none"),
+        ("write", ["/etc", " ", "student", "", None, "float32"], "folder: got none"),
+        ("end", ["/etc"], "nothing to stop"),
+        ("resume", ["/etc"], "run.json"),
+        ("write_report", ["/etc"], "/etc"),
+    ],
+)
+def test_an_odd_press_is_answered_in_one_line(
+    handler: str, fields: list[Any], word: str, handlers: Mapping[str, Callable[..., Any]]
+) -> None:
+    said = said_by(handlers[handler], *fields)
+    assert word in said
+    assert "fault of fewstep" not in said
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", bytes(range(256))])
+def test_a_file_that_is_no_image_of_the_studio_says_so(
+    content: bytes, handlers: Mapping[str, Callable[..., Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "a.png").write_bytes(content)
+    assert "is no such image" in said_by(handlers["take"], str(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "studio.log", "studio.json", "run.lock", "error.log",
+                                  "report.html", "samples/step_000001.png"])  # fmt: skip
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", bytes(range(256)), b'{"iteration": 1, "seconds": NaN}\n'])
+def test_a_damaged_run_is_shown_for_all_that(
+    name: str, content: bytes, handlers: Mapping[str, Callable[..., Any]], tmp_path: Path
+) -> None:
+    from fewstep.studio.runs import NOTHING
+
+    run = tmp_path / "runs" / "live"
+    a_run(run, tmp_path / "r.yaml")
+    trained(run, 1)
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).write_bytes(content)
+    handlers["look"](str(run), [])
+    handlers["look_slowly"](str(run), NOTHING, 1, None, None)
+    handlers["turn"](str(run), 1, None, None)
 
 
 def test_a_run_of_another_process_is_live(scene: Scene) -> None:
