@@ -1,16 +1,17 @@
 """Race few-step methods on a teacher on which they part.
 
     python benchmarks/arena.py --data FOLDER      # makes what is missing; writes benchmarks/arena.md and .json
-    python benchmarks/arena.py --only teacher tune seeds    # some stages; --until S: stop after S s
+    python benchmarks/arena.py --only teacher search    # some stages; --until S: stop after S s
 
 The teacher draws ten kinds of clothing (Fashion-MNIST in half of its size, 14x14), of which none determines an image,
 with a perceptron of 0.9 million weights, so that seconds of a core hold a training. Methods train all weights, from
-real images where they need images, for equal CPU seconds on one core: iterations follow from a method's pace, measured
-over a dozen iterations; on a busy machine a pace is too slow, and `CPU s` says what a training took. Each method has
-the best of its learning rates, the fake score's being ten times the student's. FD is the Frechet distance of 2,000
-images to the 10,000 test images in 64 features of a classifier that is trained here, in a unit in which real images
-have a variance of 100. Accuracy is the classifier's, in percent; precision and recall are those of third neighbours;
-diversity is the mean distance of images of a class, relative to that of real ones. Students take no guidance.
+real images where they need images, for equal CPU seconds on one core: iterations follow from a method's pace. Paces are
+medians of iterations for which all trainings take turns, so that a busy machine slows all of them alike; `CPU s` says
+what a training took. Each method has the best of its learning rates, the fake score's being ten times the student's. FD
+is the Frechet distance of 2,000 images to the 10,000 test images in 64 features of a classifier that is trained here,
+in a unit in which real images have a variance of 100. Accuracy is the classifier's, in percent; precision and recall
+are those of third neighbours; diversity is the mean distance of images of a class, relative to that of real ones.
+Students take no guidance.
 
 A stage that was stopped continues: what `arena.json` holds is not run again. FOLDER is Fashion-MNIST's, as in Debian's
 package dataset-fashion-mnist.
@@ -22,15 +23,27 @@ import json
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from arena_teacher import Clothes, Measures, classifier, clothes, drawn, measures, painter, states_of, teacher_of
-from fewstep.atomic import write_json
+from arena_teacher import (
+    Clothes,
+    Measures,
+    classifier,
+    clothes,
+    confidence,
+    drawn,
+    measures,
+    painter,
+    saturation,
+    states_of,
+    teacher_of,
+)
 from fewstep.backbones.base import Backbone, Cond, guided
 from fewstep.backbones.load import fingerprint
 from fewstep.core import timegrid
@@ -41,6 +54,7 @@ from fewstep.data.prompts import Embeddings, embed
 from fewstep.data.teacher_images import teacher_images
 from fewstep.methods.method import Method, student_of
 from fewstep.methods.presets import preset
+from fewstep.objectives.rewards import Reward
 from fewstep.report.images import png, to_pil
 from fewstep.roles.roles import Roles, RolesConfig
 from fewstep.runs.init import roles_for
@@ -62,9 +76,9 @@ from records import (
 )
 
 SEEDS, COUNTS, GUIDANCE, BATCH = (0, 1, 2), (4, 2, 1), 1.5, 32
-STAGES = ("teacher", "tune", "seeds", "other-rates", "settings", "counts")
+STAGES = ("teacher", "search", "race", "rewards", "settings", "counts")
 Settings = dict[str, Any]
-MATCHING, IMITATION = (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3)
+MATCHING, HIGHER = (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3)  # a search goes on while the highest rate is the best
 
 
 @dataclass(frozen=True)
@@ -76,38 +90,74 @@ class Racer:
     rates: tuple[float, ...] = MATCHING
     counts: tuple[int, ...] = COUNTS
     images: str = ""  # real, teacher
+    reward: str = ""  # one of Arena.rewards
+    source: str = ""
+    begin: str = ""  # a racer that has the first half of the time, whose student goes on
 
 
-def tdm(label: str, images: str = "", **method: Any) -> Racer:
-    """Return TDM with other settings, which is raced in 4 steps at TDM's rate."""
-    return Racer(f"TDM, {label}", {"name": "tdm", **method}, rates=(), counts=(4,), images=images)
+def tdm(label: str, source: str, images: str = "", begin: str = "", **method: Any) -> Racer:
+    """Return TDM with a setting of others, which is raced in 4 steps at TDM's rate."""
+    return Racer(label, {"name": "tdm", **method}, (), (4,), images, source=source, begin=begin)
 
 
 RACERS: dict[str, Racer] = {
     "tdm": Racer("TDM", {"name": "tdm"}),
     "tdm-unify": Racer("TDM-unify", {"name": "tdm-unify", "steps": list(COUNTS)}),
     "tdm-fisher": Racer("TDM, Fisher divergence", {"name": "tdm-fisher"}),
-    "dmd2-5": Racer("DMD2, 5 fake updates", {"name": "dmd2", "fake": {"updates": 5}}),
-    "dmd2-1": Racer("DMD2, 1 fake update", {"name": "dmd2", "fake": {"updates": 1}}),
-    "lcm": Racer("LCM", {"name": "lcm"}, IMITATION, images="real"),
-    "progressive": Racer("progressive distillation", {"name": "progressive"}, IMITATION, images="real"),
+    "dmd2-5": Racer("DMD2, 5 fake updates", {"name": "dmd2", "fake": {"updates": 5}}, HIGHER),
+    "dmd2-1": Racer("DMD2, 1 fake update", {"name": "dmd2", "fake": {"updates": 1}}, HIGHER),
+    "lcm": Racer("LCM", {"name": "lcm"}, HIGHER, images="real"),
+    "progressive": Racer("progressive distillation", {"name": "progressive"}, HIGHER, images="real"),
     "sid": Racer("SiD", {"name": "sid"}),
     "diff-instruct": Racer("Diff-Instruct", {"name": "diff-instruct"}),
 }
+GAN = {"weight": 1.0, "r1": 0.01}
 OTHERS: dict[str, Racer] = {  # settings of rivals, the likeliest first
-    "sample-dpmpp": tdm("sampled with DPM-Solver++", sample_solver="dpmpp"),
-    "gan-real": tdm("adversarial term, real images", "real", gan={"weight": 1.0, "r1": 0.01}),
-    "gan-teacher": tdm("adversarial term, the teacher's images", "teacher", gan={"weight": 1.0, "r1": 0.01}),
-    "guidance-own": tdm("guidance as its own term, tau in the segment", match={"guidance_tau": "own"}),
-    "guidance-above": tdm("guidance as its own term, tau above the landing time", match={"guidance_tau": "above"}),
-    "random-times": tdm("times drawn at random", random_times=True),
-    "pull": tdm("fake score pulled to the student, 0.03", fake={"pull": 0.03}),
-    "ladder": tdm("ladder of 16, 8, 4 steps", ladder=[16, 8]),
-    "transition": tdm("fake score on the transition noise", fake={"target": "transition"}),
-    "l2": tdm("l2 with DMD's normaliser", loss="l2"),
-    "train-renoise": tdm("re-noising", solver="renoise"),
+    "after-progressive": tdm("after progressive distillation, half of the time each", "", begin="progressive"),
+    "after-lcm": tdm("after LCM, half of the time each", "TDM fig. 8", begin="lcm"),
+    "sample-dpmpp": tdm("sampled with DPM-Solver++", "TDM tab. 6", sample_solver="dpmpp"),
+    "gan-real": tdm("adversarial term, real images", "TDM eq. 16", "real", gan=GAN),
+    "gan-teacher": tdm("adversarial term, the teacher's images", "arXiv 2606.12575", "teacher", gan=GAN),
+    "guidance-own": tdm(
+        "guidance as its own term, tau in the segment", "arXiv 2511.22677", match={"guidance_tau": "own"}
+    ),
+    "guidance-above": tdm(
+        "guidance as its own term, tau above the landing time", "arXiv 2511.22677", match={"guidance_tau": "above"}
+    ),
+    "random-times": tdm("times drawn at random", "arXiv 2605.06376", random_times=True),
+    "pull": tdm("fake score pulled to the student, 0.03", "arXiv 2506.00523", fake={"pull": 0.03}),
+    "ladder": tdm("ladder of 16, 8, 4 steps", "FastVideo's trainer of TDM", ladder=[16, 8]),
+    "transition": tdm("fake score on the transition noise", "arXiv 2605.26108", fake={"target": "transition"}),
+    "l2": tdm("l2 with DMD's normaliser", "TDM app. F", loss="l2"),
+    "train-renoise": tdm("re-noising", "arXiv 2303.01469", solver="renoise"),
+}
+REWARD_WEIGHTS = {
+    ("confidence", "gradient"): (0.1, 0.3, 1.0),
+    ("confidence", "preference"): (0.001, 1.0, 3.0),  # the first has the cost alone
+    ("saturation", "gradient"): (1.0, 3.0, 10.0, 30.0),
+    ("saturation", "preference"): (1.0, 3.0),
+}
+
+
+def rewarded(name: str, by: str, weight: float) -> Racer:
+    """Return TDM with a reward beside it."""
+    method = {"name": "tdm", "reward": {"weight": weight, "by": by}}
+    return Racer(f"{name} by {by}, weight {weight:g}", method, rates=(), counts=(4,), reward=name)
+
+
+REWARDED: dict[str, Racer] = {
+    f"{name}-{by}-{weight:g}": rewarded(name, by, weight)
+    for (name, by), weights in REWARD_WEIGHTS.items()
+    for weight in weights
 }
 WARMUP = 40  # updates of the fake score before the student moves
+SKIPPED, COUNTED = 3, 12  # iterations of a pace
+YARDSTICK = ("tdm", 4)
+
+
+def everyone() -> dict[str, Racer]:
+    """Return all racers by key."""
+    return RACERS | OTHERS | REWARDED
 
 
 @dataclass(frozen=True)
@@ -128,21 +178,27 @@ class Arena:
     measure: Measures
     data: Embeddings
     real: ImageData
+    rewards: dict[str, Reward]
     a: argparse.Namespace
 
 
-def method_of(racer: Racer, count: int) -> Method:
-    """Return a racer's method for a step count."""
+def method_of(racer: Racer, count: int, warmup: int = WARMUP) -> Method:
+    """Return a racer's method for a step count, with so many updates of the fake score at the start."""
     own: Settings = {"steps": count} | racer.method | {"guidance": Guidance(scale=GUIDANCE)}
     if own["name"] not in ("lcm", "progressive"):
         updates = own.get("fake", {}).get("updates", 10 if own["name"] == "dmd2" else 1)
-        own = {"warmup": max(1, WARMUP // updates)} | own
+        own = {"warmup": max(1, warmup // updates)} | own
     return preset(**own)
 
 
-def training(arena: Arena, racer: Racer, method: Method, cell: Cell, iterations: int) -> Iterator[Roles]:
-    """Train a racer, and yield its roles after every iteration."""
+def training(
+    arena: Arena, racer: Racer, method: Method, cell: Cell, iterations: int, begin: Mapping[str, Tensor] | None = None
+) -> Iterator[Roles]:
+    """Train a racer, from the teacher or another student's weights, and yield its roles after every iteration."""
     roles = roles_for(arena.teacher, method, RolesConfig(lora=False), cell.seed)
+    if begin is not None:
+        roles.start_from(begin)
+    roles = replace(roles, reward=arena.rewards[racer.reward] if racer.reward else None)
     train = TrainConfig(
         iterations=iterations, batch=BATCH, lr=cell.rate, fake_lr=10 * cell.rate, decay=iterations // 2, ema=0.99,
         seed=cell.seed,
@@ -154,54 +210,104 @@ def training(arena: Arena, racer: Racer, method: Method, cell: Cell, iterations:
         yield step.roles
 
 
-def pace(arena: Arena, racer: Racer, method: Method, cell: Cell) -> float:
-    """Return the CPU seconds of an iteration after the warm-up, the median of a dozen."""
-    took, before = [], CLOCK()
-    for _ in training(arena, racer, method, cell, method.warmup + 12):
-        took.append(CLOCK() - before)
-        before = CLOCK()
-    return statistics.median(took[method.warmup :])
+def paces(arena: Arena, wanted: Sequence[tuple[str, int]]) -> dict[str, float]:
+    """Return the CPU seconds of an iteration after the warm-up of (method, step count), by name.
+
+    The trainings take turns, so that other processes slow all of them alike.
+    """
+    going, took = {}, dict[str, list[float]]()
+    for key, count in wanted:
+        racer = everyone()[key]
+        rate = racer.rates[0] if racer.rates else MATCHING[0]
+        going[name_of(key, count)] = training(
+            arena, racer, method_of(racer, count, 1), Cell(key, count, rate, 0), SKIPPED + COUNTED
+        )
+    for _ in range(SKIPPED + COUNTED):
+        for name, steps in going.items():
+            before = CLOCK()
+            next(steps)
+            took.setdefault(name, []).append(CLOCK() - before)
+    return {name: statistics.median(seconds[SKIPPED:]) for name, seconds in took.items()}
 
 
-def race(arena: Arena, cell: Cell, paces: dict[str, float]) -> Facts:
-    """Train one student for the budget, and measure it in every step count that it serves."""
-    racer = (RACERS | OTHERS)[cell.key]
-    method = method_of(racer, cell.count)
-    name = f"{cell.key}-{cell.count}"
-    if name not in paces:
-        paces[name] = pace(arena, racer, method, cell)
-    iterations = max(method.warmup + 2, int(arena.a.seconds / paces[name]))
-    began = CLOCK()
-    *_, roles = training(arena, racer, method, cell, iterations)
-    seconds = CLOCK() - began
+def name_of(key: str, count: int) -> str:
+    """Return the name of a method in a step count."""
+    return f"{key}-{count}"
+
+
+def paced(arena: Arena, wanted: Sequence[tuple[str, int]], known: dict[str, float]) -> None:
+    """Add the paces that are not known, in the unit of the known ones: TDM's in four steps is in both."""
+    lacking = [one for one in wanted if name_of(*one) not in known]
+    if not lacking:
+        return
+    found, unit = paces(arena, [*{YARDSTICK: None, **dict.fromkeys(lacking)}]), name_of(*YARDSTICK)
+    scale = known.get(unit, found[unit]) / found[unit]
+    known.update({name: seconds * scale for name, seconds in found.items() if name not in known})
+
+
+def begun(arena: Arena, cell: Cell, budget: float, paces: Mapping[str, float]) -> tuple[dict[str, Tensor], float]:
+    """Train a student for a budget, and return its averaged weights with the CPU seconds."""
+    racer, began = RACERS[cell.key], CLOCK()
+    iterations = int(budget / paces[name_of(cell.key, cell.count)])
+    *_, roles = training(arena, racer, method_of(racer, cell.count), cell, iterations)
+    with roles.averaged():
+        return roles.student_state(), CLOCK() - began
+
+
+def race(arena: Arena, stage: str, cell: Cell, paces: dict[str, float], rate: float = 0.0) -> Facts:
+    """Train one student for the budget, and measure it in every step count that it serves.
+
+    `rate` is that of the racer that begins.
+    """
+    racer, seconds, begin = everyone()[cell.key], 0.0, None
+    method, share = method_of(racer, cell.count), 0.5 if racer.begin else 1.0
+    if racer.begin:
+        begin, seconds = begun(arena, replace(cell, key=racer.begin, rate=rate), share * arena.a.seconds, paces)
+    iterations = max(method.warmup + 2, int(share * arena.a.seconds / paces[name_of(cell.key, cell.count)]))
+    began, curve = CLOCK(), list[tuple[float, float]]()
+    marks = [iterations * k // 4 for k in (1, 2, 3)] if stage == "race" and cell.seed == 0 else []
+    for i, roles in enumerate(training(arena, racer, method, cell, iterations, begin), 1):
+        if i in marks:
+            seconds += CLOCK() - began
+            with roles.averaged(), torch.no_grad():
+                curve.append((seconds, measured(arena, method, roles, 4, cell, whole=False)["fd"]))
+            began = CLOCK()
+    seconds += CLOCK() - began
     with roles.averaged(), torch.no_grad():
         found = {count: measured(arena, method, roles, count, cell) for count in method.counts}
     return {
-        "stage": "race",
+        "stage": stage,
         "key": cell.key,
         "count": cell.count,
         "rate": cell.rate,
         "seed": cell.seed,
+        "budget": arena.a.seconds,
         "iterations": iterations,
         "seconds": seconds,
         "method": racer.method,
+        "curve": curve,
         "measured": found,
         **origin(),
     }
 
 
-def measured(arena: Arena, method: Method, roles: Roles, count: int, cell: Cell) -> dict[str, float]:
-    """Measure a student in a step count."""
+def measured(
+    arena: Arena, method: Method, roles: Roles, count: int, cell: Cell, whole: bool = True
+) -> dict[str, float]:
+    """Measure a student in a step count; not `whole`: its distance alone."""
     times = method.times(arena.teacher.schedule, count)
 
     def call(cond: Cond) -> Denoise:
         return student_of(method, roles, cond, count)
 
     title = f"{cell.key}-{count}"
-    return arena_measure(arena, call, times, method.sampler, cell.seed, title if cell.seed == 0 else "")
+    shown_in = title if cell.seed == 0 and whole else ""
+    return arena_measure(arena, call, times, method.sampler, cell.seed, shown_in, whole)
 
 
-def arena_measure(arena: Arena, call: Any, times: Tensor, solver: str, seed: int, title: str = "") -> dict[str, float]:
+def arena_measure(
+    arena: Arena, call: Any, times: Tensor, solver: str, seed: int, title: str = "", whole: bool = True
+) -> dict[str, float]:
     """Measure what a denoiser draws; the first images go to `title`.png."""
 
     def draw(noise: Tensor, labels: Tensor, rng: torch.Generator) -> Tensor:
@@ -213,7 +319,11 @@ def arena_measure(arena: Arena, call: Any, times: Tensor, solver: str, seed: int
         images, labels = drawn(draw, seed)
         if title:
             show(images[:80], arena.a.out / "grids" / f"{title}.png")
-        return arena.measure(images, labels)
+        if not whole:
+            return {"fd": arena.measure.distance(images)}
+        prompts = [FASHION[k] for k in labels.tolist()]
+        scores = {name: float(reward(images, prompts).mean()) for name, reward in arena.rewards.items()}
+        return arena.measure(images, labels) | scores
 
 
 def show(images: Tensor, file: Path) -> None:
@@ -259,23 +369,18 @@ def guided_teacher(teacher: Backbone, cond: Cond, null: Cond, scale: float) -> D
     return guided(teacher, teacher.module, cond, null, Guidance(scale=scale))
 
 
-def cells(stage: str, rows: Sequence[Facts]) -> Iterator[Cell]:
-    """Return the trainings of a stage, the most telling first; later stages need the best rates of `tune`."""
-    if stage in ("tune", "other-rates"):
-        for k in (1,) if stage == "tune" else (2, 0):
-            yield from (Cell(key, first(r), r.rates[k], 0) for key, r in RACERS.items())
-    if stage == "seeds":
-        yield from (Cell(key, first(r), best_rate(key, rows), s) for s in SEEDS[1:] for key, r in RACERS.items())
+def cells(stage: str, rows: Sequence[Facts], seed: int) -> Iterator[Cell]:
+    """Return a stage's trainings of a seed, the most telling first; all but the search need the best rates."""
+    if stage == "search" and seed == 0:
+        yield from (Cell(key, first(r), r.rates[k], seed) for k in (1, 2, 0) for key, r in RACERS.items())
+    if stage == "race":
+        yield from (Cell(key, first(r), best_rate(key, rows), seed) for key, r in RACERS.items())
     if stage == "counts":
-        yield from (
-            Cell(key, count, best_rate(key, rows), seed)
-            for seed in SEEDS
-            for count in (1, 2)
-            for key, r in RACERS.items()
-            if "steps" not in r.method
-        )
-    if stage == "settings":
-        yield from (Cell(key, 4, best_rate("tdm", rows), seed) for seed in SEEDS for key in OTHERS)
+        several = [(key, k) for k in (1, 2) for key, r in RACERS.items() if "steps" not in r.method]
+        yield from (Cell(key, k, best_rate(key, rows), seed) for key, k in several)
+    if stage in ("rewards", "settings"):
+        own = REWARDED if stage == "rewards" else OTHERS
+        yield from (Cell(key, 4, best_rate("tdm", rows), seed) for key in own)
 
 
 def first(racer: Racer) -> int:
@@ -284,24 +389,33 @@ def first(racer: Racer) -> int:
 
 
 def best_rate(key: str, rows: Sequence[Facts]) -> float:
-    """Return the rate with the lowest FD of seed 0 in 4 steps."""
-    own = [r for r in rows if r["stage"] == "race" and r["key"] == key and r["seed"] == 0 and r["count"] in (0, 4)]
+    """Return the rate with the lowest FD in 4 steps in the search."""
+    own = [r for r in rows if r["stage"] == "search" and r["key"] == key]
     if not own:
-        raise SystemExit(f"{key} has no tuned rate; run --only tune first")
+        raise SystemExit(f"{key} has no rate yet; run --only search first")
     return float(min(own, key=lambda r: r["measured"]["4"]["fd"])["rate"])
 
 
 def write(rows: Sequence[Facts], common: Mapping[str, Any], a: argparse.Namespace) -> None:
     """Write record and page."""
-    tuned_keys = {r["key"] for r in rows if r["stage"] == "race" and r["key"] in RACERS and r["seed"] == 0}
-    best = {key: best_rate(key, rows) for key in RACERS if key in tuned_keys}
-    known = {**common, "rate": best | dict.fromkeys(OTHERS, best.get("tdm"))}
-    known["label"] = {key: racer.label for key, racer in (RACERS | OTHERS).items()}
+    searched = {r["key"] for r in rows if r["stage"] == "search"}
+    known = {**common, "rate": {key: best_rate(key, rows) for key in RACERS if key in searched}}
+    known["label"] = {key: racer.label for key, racer in everyone().items()}
     record = new_record("arena", "python benchmarks/arena.py --data FOLDER", rows, SEEDS, known)
     write_record(record, page(record), a.to)
 
 
+def plot(a: argparse.Namespace) -> None:
+    """Draw the figures of a written record."""
+    record = read_record(a.to / "arena.json")
+    if record is not None and any(r["stage"] == "race" for r in record.rows):
+        plot_race(record, a.to / "arena.png")
+    if record is not None and any(r["stage"] == "rewards" for r in record.rows):
+        plot_rewards(record, a.to / "arena-rewards.png")
+
+
 MEASURES = {"fd": 2, "accuracy": 1, "precision": 2, "recall": 2, "diversity": 2}
+SCORED = ("confidence", "saturation")
 
 
 def shown(found: Sequence[Mapping[str, float]]) -> list[str]:
@@ -323,45 +437,140 @@ def page(record: Record) -> str:
         own = [r["measured"] for r in rows]
         lines.append([steps, solver, f"{guidance:g}", *shown(own), len(own)])
     parts.append("## The teacher\n\n" + markdown(["steps", "solver", "guidance", *head], lines))
-    raced = [r for r in record.rows if r["stage"] == "race"]
-    seconds = record.common.get("seconds", 0)
     for count in COUNTS:
         lines = []
-        for key, racer in (RACERS | OTHERS).items():
-            rates = {r["rate"] for r in raced if r["key"] == key and str(count) in r["measured"]}
-            rate = best_of(key, raced, rates)
-            own = [r for r in raced if r["key"] == key and r["rate"] == rate and str(count) in r["measured"]]
-            own = [r for r in own if r["count"] in (0, count)]
-            if own:
+        for key, racer in RACERS.items():
+            if own := of(record, key, count):
                 its, took = (statistics.mean(r[k] for r in own) for k in ("iterations", "seconds"))
-                found = shown([r["measured"][str(count)] for r in own])
-                lines.append([racer.label, f"{rate:g}", f"{its:.0f}", f"{took:.1f}", *found, len(own)])
-        lines.sort(key=lambda line: float(str(line[4]).split(" ")[0]))
+                found = [r["measured"][str(count)] for r in own]
+                line = [racer.label, f"{own[0]['rate']:g}", f"{its:.0f}", f"{took:.1f}", *shown(found), len(own)]
+                lines.append((statistics.mean(m["fd"] for m in found), line))
         if lines:
-            title = f"## {count} step{'s' if count > 1 else ''}, {seconds:g} CPU seconds each"
-            parts.append(f"{title}\n\n{markdown(['method', 'rate', 'iterations', 'CPU s', *head], lines)}")
+            title = f"## {count} step{'s' if count > 1 else ''}, {seconds_of(record):g} CPU seconds each"
+            table = markdown(["method", "rate", "iterations", "CPU s", *head], [line for _, line in sorted(lines)])
+            figure = "![FD over CPU seconds, seed 0](arena.png)\n\n" if count == max(COUNTS) else ""
+            parts.append(f"{title}\n\n{figure}{table}")
+    return "\n\n".join([*parts, *settings_part(record), *rewards_part(record), *search_part(record)]) + "\n"
+
+
+def of(record: Record, key: str, count: int = 4) -> list[Facts]:
+    """Return the rows of a method that was trained for a step count, or for several."""
+    kinds = [r for r in record.rows if r["stage"] not in ("teacher", "search") and r["key"] == key]
+    return [r for r in kinds if r["count"] in (0, count) and str(count) in r["measured"]]
+
+
+def seconds_of(record: Record) -> float:
+    """Return the budget of a training."""
+    return float(record.common.get("seconds", 0))
+
+
+def apart(own: Sequence[Facts], base: Sequence[Facts], name: str) -> list[float]:
+    """Return differences of a measure between rows of equal seeds."""
+    by_seed = {r["seed"]: r["measured"]["4"][name] for r in base}
+    return [r["measured"]["4"][name] - by_seed[r["seed"]] for r in own if r["seed"] in by_seed]
+
+
+def settings_part(record: Record) -> list[str]:
+    """Return the table of rivals' settings next to TDM."""
+    base, lines = of(record, "tdm"), []
+    for key, racer in OTHERS.items():
+        if own := of(record, key):
+            found = shown([r["measured"]["4"] for r in own])
+            lines.append([racer.label, racer.source, spread(apart(own, base, "fd")), *found, len(own)])
+    if not lines:
+        return []
+    plain = ["plain TDM", "", "", *shown([r["measured"]["4"] for r in base]), len(base)]
+    head = ["TDM with", "source", "change in FD", *MEASURES, "seeds"]
+    noise = spread([r["measured"]["4"]["fd"] for r in base])
+    said = f"TDM with one setting of others, in 4 steps, at TDM's rate. Plain TDM has {noise} over its seeds; a change "
+    said += "is the mean of the differences between equal seeds."
+    return [f"## Settings that others ship\n\n{wrapped(said)}\n\n{markdown(head, [plain, *lines])}"]
+
+
+def rewards_part(record: Record) -> list[str]:
+    """Return the table of rewards next to TDM."""
+    if not any(of(record, key) for key in REWARDED):
+        return []
+    named = [("plain TDM", "", "", "tdm")]
+    named += [(*key.split("-"), key) for key in REWARDED]  # type: ignore[misc]
+    lines = []
+    for name, by, weight, key in named:
+        if own := of(record, key):
+            found = [r["measured"]["4"] for r in own]
+            scores = [spread([m[k] for m in found], 3) for k in SCORED]
+            lines.append([name, by, weight, *scores, *shown(found), len(own)])
+    head = ["reward", "by", "weight", *SCORED, *MEASURES, "seeds"]
+    said = (
+        "TDM in 4 steps with a reward beside matching. Confidence is the log-probability that a second classifier "
+        "gives an image's class; distances are in the first one's features. Saturation is how near pixels are to black "
+        "or white: blots of both have the most. By gradient the reward is differentiated through the one step; by "
+        "preference a third network learns it from groups of eight images of a class."
+    )
+    figure = "![Reward and FD](arena-rewards.png)"
+    return [f"## Rewards\n\n{wrapped(said)}\n\n{figure}\n\n{markdown(head, lines)}"]
+
+
+def search_part(record: Record) -> list[str]:
+    """Return the search of rates."""
+    rows = [r for r in record.rows if r["stage"] == "search"]
+
+    def tuned(key: str, rate: float) -> str:
+        own = [r for r in rows if (r["key"], r["rate"]) == (key, rate)]
+        return f"{own[0]['measured']['4']['fd']:.2f}" if own else "-"
+
     lines = [
-        [RACERS[key].label, *(tuned(key, rate, raced) for rate in racer.rates)]
-        for key, racer in RACERS.items()
-        if any(r["key"] == key for r in raced)
+        [r.label, *(tuned(key, rate) for rate in r.rates)]
+        for key, r in RACERS.items()
+        if any(row["key"] == key for row in rows)
     ]
-    if lines:
-        table = markdown(["method", "low", "middle", "high"], lines)
-        listed = f"Rates {', '.join(f'{r:g}' for r in MATCHING)}; of LCM and progressive distillation "
-        listed += f"{', '.join(f'{r:g}' for r in IMITATION)}."
-        parts.append(f"## The search of rates: FD in 4 steps, seed 0\n\n{listed}\n\n{table}")
-    return "\n\n".join(parts) + "\n"
+    if not lines:
+        return []
+    said = f"Rates {', '.join(f'{r:g}' for r in MATCHING)}; of DMD2, LCM and progressive distillation "
+    said += f"{', '.join(f'{r:g}' for r in HIGHER)}. {record.common.get('searched', '')}"
+    table = markdown(["method", "low", "middle", "high"], lines)
+    return [f"## The search of rates: FD in 4 steps, seed 0\n\n{wrapped(said)}\n\n{table}"]
 
 
-def best_of(key: str, raced: Sequence[Facts], rates: set[float]) -> float | None:
-    """Return the rate that later stages take."""
-    return best_rate(key if key in RACERS else "tdm", raced) if rates else None
+def plot_race(record: Record, file: Path) -> None:
+    """Draw FD over CPU seconds of every method in 4 steps, with the teacher's."""
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for i, (key, racer) in enumerate(RACERS.items()):
+        first_seed = [r for r in of(record, key) if r["seed"] == 0]
+        for row in first_seed:
+            points = [*row["curve"], (row["seconds"], row["measured"]["4"]["fd"])]
+            style = {"color": "black", "linewidth": 2.5} if key == "tdm" else {"color": plt.get_cmap("tab10")(i)}
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=racer.label, **style)
+    for steps in (50, 8, 4):
+        own = [r for r in record.rows if r["stage"] == "teacher" and (r["steps"], r["solver"]) == (steps, "ddim")]
+        guided_rows = [r["measured"]["fd"] for r in own if r["guidance"] == GUIDANCE]
+        if guided_rows:
+            axes.axhline(statistics.mean(guided_rows), color="gray", linestyle=":", linewidth=1)
+            axes.annotate(f"teacher, {steps} guided steps", (0, statistics.mean(guided_rows)), fontsize=7, color="gray")
+    axes.set(xlabel="CPU seconds of training", ylabel="FD to real images, 4 steps", yscale="log")
+    axes.legend(fontsize=7)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
 
 
-def tuned(key: str, rate: float, raced: Sequence[Facts]) -> str:
-    """Return the FD of seed 0 in 4 steps at a rate."""
-    own = [r for r in raced if (r["key"], r["rate"], r["seed"]) == (key, rate, 0) and r["count"] in (0, 4)]
-    return f"{own[0]['measured']['4']['fd']:.2f}" if own else "-"
+def plot_rewards(record: Record, file: Path) -> None:
+    """Draw FD against both rewards; lines join the weights of one way to learn."""
+    figure, panels = plt.subplots(1, len(SCORED), figsize=(11, 4.2), layout="constrained", sharey=True)
+    plain = [r["measured"]["4"] for r in of(record, "tdm")]
+    for name, axes in zip(SCORED, panels, strict=True):
+        for by, colour in (("gradient", "tab:blue"), ("preference", "tab:orange")):
+            ways = [(w, of(record, f"{name}-{by}-{w:g}")) for w in REWARD_WEIGHTS[name, by]]
+            groups = [("", plain), *((f"{w:g}", [r["measured"]["4"] for r in own]) for w, own in ways if own)]
+            at = [[statistics.mean(m[k] for m in found) for k in (name, "fd")] for _, found in groups if found]
+            axes.plot(*zip(*at, strict=True), marker="o", color=colour, label=f"by {by}") if at else None
+            for (weight, _), place in zip(groups, at, strict=False):
+                axes.annotate(weight, place, fontsize=8, xytext=(4, 4), textcoords="offset points")
+        if plain:
+            axes.plot(*(statistics.mean(m[k] for m in plain) for k in (name, "fd")), "ks", label="plain TDM")
+        axes.set(xlabel=f"{name} of the student's images", title=f"reward: {name}")
+        axes.legend(fontsize=8)
+    panels[0].set(ylabel="FD to real images", yscale="log")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
 
 
 def make(a: argparse.Namespace, ends: float) -> Arena | None:
@@ -377,7 +586,9 @@ def make(a: argparse.Namespace, ends: float) -> Arena | None:
     net, teacher = classifier(train, a.out / "classifier.safetensors"), teacher_of(run)
     print(f"the classifier is right about {accuracy(net, test):.1f} % of the test set", flush=True)
     data = embed(teacher, list(FASHION), None, fingerprint(teacher.module))
-    return Arena(teacher, measures(net, test), data, states_of(teacher, train), a)
+    judge = classifier(train, a.out / "judge.safetensors", 500, 1)
+    rewards = {"confidence": confidence(judge), "saturation": saturation}
+    return Arena(teacher, measures(net, test), data, states_of(teacher, train), rewards, a)
 
 
 def accuracy(net: Any, test: Clothes) -> float:
@@ -391,7 +602,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--only", nargs="*", choices=STAGES, default=list(STAGES), help="stages to run")
-    parser.add_argument("--keys", nargs="*", default=[*RACERS, *OTHERS], help="methods to run")
+    parser.add_argument("--keys", nargs="*", default=[*everyone()], help="methods to run")
+    parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument("--seconds", type=float, default=60.0, help="CPU seconds of a training")
     parser.add_argument("--until", type=float, default=float("inf"), help="begin nothing after so many seconds")
     parser.add_argument("--out", type=Path, default=Path("runs/arena"), help="where runs are kept")
@@ -406,32 +618,39 @@ def main() -> None:
         raise SystemExit(f"{a.to / 'arena.json'} is of {common['seconds']:g} seconds: give --to another folder")
     if (arena := make(a, ends)) is None:
         return
-    if {"tune", "seeds"} & {*a.only}:  # all in one go, so that other processes slow them alike
-        for key, racer in RACERS.items():
-            method, name = method_of(racer, first(racer)), f"{key}-{first(racer)}"
-            if name not in common["pace"]:
-                common["pace"][name] = pace(arena, racer, method, Cell(key, first(racer), racer.rates[0], 0))
-    for stage in a.only:
-        todo = teacher_rows(arena, rows) if stage == "teacher" else raced(arena, stage, rows, common["pace"])
+    if {*a.only} - {"teacher"}:
+        asked = {key: r for key, r in everyone().items() if key in a.keys}
+        wanted = [(key, k) for key, r in asked.items() for k in ((0,) if "steps" in r.method else r.counts)]
+        paced(arena, wanted, common["pace"])
+        write(rows, common, a)
+    for stage, seed in ((stage, seed) for seed in a.seeds for stage in a.only):
+        if stage == "teacher":
+            todo = teacher_rows(arena, rows) if seed == a.seeds[0] else iter(())
+        else:
+            todo = raced(arena, stage, seed, rows, common["pace"])
         for row in todo:
             rows.append(json.loads(json.dumps(row)))
             write(rows, common, a)
-            write_json(a.out / "paces.json", common["pace"])
             print(told(row), flush=True)
             if time.monotonic() > ends:
+                plot(a)
                 return
     write(rows, common, a)
+    plot(a)
 
 
-def raced(arena: Arena, stage: str, rows: Sequence[Facts], paces: dict[str, float]) -> Iterator[Facts]:
+def raced(
+    arena: Arena, stage: str, seed: int, rows: Sequence[Facts], paces: dict[str, float]
+) -> Iterator[Facts]:
     """Run the trainings of a stage that are not in the table."""
-    for cell in cells(stage, rows):
+    for cell in cells(stage, rows, seed):
         if cell.key in arena.a.keys and not any(
             (r["key"], r["count"], r["rate"], r["seed"]) == (cell.key, cell.count, cell.rate, cell.seed)
             for r in rows
-            if r["stage"] == "race"
+            if r["stage"] == stage
         ):
-            yield race(arena, cell, paces)
+            begin = everyone()[cell.key].begin
+            yield race(arena, stage, cell, paces, best_rate(begin, rows) if begin else 0.0)
 
 
 def told(row: Facts) -> str:

@@ -27,6 +27,7 @@ from fewstep.data.images import ImageData
 from fewstep.data.prompts import embed
 from fewstep.evaluation.alignment import diversity
 from fewstep.evaluation.distances import Moments, frechet_distance, moments
+from fewstep.objectives.rewards import Reward
 from fewstep.training.fit import FitConfig, fit
 from fewstep.training.state import seeded
 from fewstep.zoo.pixel_data import FASHION, load_idx
@@ -123,14 +124,14 @@ def states_of(teacher: Backbone, data: Clothes) -> ImageData:
     return ImageData(data.images, known.take(data.labels, "arena"), "arena")
 
 
-def classifier(data: Clothes, file: Path, steps: int = 1000) -> Classes:
-    """Train the classifier once, on shifted and mirrored images; its 64 features make the distances."""
-    torch.manual_seed(0)
+def classifier(data: Clothes, file: Path, steps: int = 1000, seed: int = 0) -> Classes:
+    """Train a classifier once, on mirrored images; the 64 features of seed 0 make the distances."""
+    torch.manual_seed(seed)
     net = Classes(len(FASHION))
     if file.exists():
         net.load_state_dict(load_file(file))
         return net.eval().requires_grad_(False)
-    rng, optimizer = torch.Generator().manual_seed(0), torch.optim.AdamW(net.parameters(), 3e-3)
+    rng, optimizer = torch.Generator().manual_seed(seed), torch.optim.AdamW(net.parameters(), 3e-3)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
         rows = torch.randint(len(data.images), (128,), generator=rng)
@@ -140,6 +141,21 @@ def classifier(data: Clothes, file: Path, steps: int = 1000) -> Classes:
         optimizer.step()
     write_tensors(file, net.state_dict())
     return net.eval().requires_grad_(False)
+
+
+def confidence(judge: Classes) -> Reward:
+    """Return the reward of a classifier's log-probability of an image's own class."""
+
+    def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        label = labels_of(prompts)["label"]
+        return F.log_softmax(judge(images.clamp(-1, 1)), 1).gather(1, label[:, None])[:, 0]
+
+    return reward
+
+
+def saturation(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Return how near pixels are to black or white; blots of both have the most."""
+    return images.clamp(-1, 1).abs().flatten(1).mean(1)
 
 
 @dataclass(frozen=True)
@@ -155,6 +171,10 @@ class Measures:
     def features(self, images: Tensor) -> Tensor:
         """Return the features [N, 64] of images in [-1, 1]."""
         return self.net.layers(images.clamp(-1, 1)).double() * self.scale
+
+    def distance(self, images: Tensor) -> float:
+        """Return the Frechet distance of images to real ones."""
+        return frechet_distance(self.truth, moments(self.features(images)))
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, float]:
         """Return distance, class accuracy in percent, precision, recall, and diversity relative to real images."""

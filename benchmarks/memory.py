@@ -26,7 +26,6 @@ from typing import NamedTuple
 import torch
 
 from configurations import PIPELINES, write
-from fewstep.backbones.base import Backbone
 from fewstep.backbones.load import at_size
 from fewstep.backbones.meta import meta_teacher
 from fewstep.backbones.sizes import Size
@@ -123,30 +122,29 @@ def card_rows(name: str, cards: list[tuple[str, int]]) -> Iterator[Facts]:
     batch, whole = shipped.train.batch, shipped.train.global_batch or 0
     with tempfile.TemporaryDirectory() as folder:
         teacher = str(write(name, Path(folder)))
-        plans: dict[str, tuple[Backbone, Plan]] = {}
+        plans: dict[str, Plan] = {}
 
-        def planned(sets: list[str], count: int) -> tuple[Backbone, Plan]:
+        def planned(sets: list[str], count: int) -> Plan:
             key = " ".join([*sets, str(count)])
             if key not in plans:
                 told = read_recipe(recipe, [*sized, *sets], DistillRecipe, {"teacher": teacher})
-                backbone, found = plans_of(told, count)
-                plans[key] = backbone, found[0]
+                plans[key] = max(plans_of(told, count), key=lambda made: made.least)
             return plans[key]
 
         for memory, count in cards:
             began, usable = time.perf_counter(), usable_bytes(memory)
             if count == 1:
                 sets: list[str] = []
-                backbone, made = planned(sets, count)
+                made = planned(sets, count)
                 try:
-                    sets, needed = fit(made, backbone, usable, "")
+                    sets, needed = fit(made, usable, "")
                 except TooLargeError as error:
                     needed = error.needed
             else:
                 own = ["roles.quantize=null"] if shipped.roles.quantize else []
                 own += [f"train.batch={whole // count}"] if 0 < whole < batch * count else []
                 for way in ([], ["train.shard=true"]):
-                    backbone, made = planned(sets := [*own, *way], count)
+                    made = planned(sets := [*own, *way], count)
                     needed = made.least
                     if needed <= usable:
                         break
@@ -160,7 +158,7 @@ def card_rows(name: str, cards: list[tuple[str, int]]) -> Iterator[Facts]:
                 "fits": needed <= usable,
                 "batch": made.recipe.train.batch,
                 "quantize": made.recipe.roles.quantize,
-                "parameters": weight_count(backbone.module),
+                "parameters": weight_count(made.hollow.teacher.module),
                 "on_cpu": [phase.name for phase in made.around.encoders if phase.bytes > usable],
                 "counted_in_s": time.perf_counter() - began,
                 "hardware": COUNTED,

@@ -4,12 +4,14 @@
     python benchmarks/true_size.py pixart --size 512     # adds this family
     python benchmarks/true_size.py sd15 --tiny --to /tmp/true    # rehearses it on a tiny pipeline
 
-Networks have their true size and random weights in bfloat16; T5-XXL has one of its 24 layers, at true width. The
-family's own LoRA recipe runs with batch 1 for three iterations by `fewstep distill`, without warm-up and previews. It
-is killed (SIGKILL) once its first checkpoint is there, and the same command resumes. The student is exported in every
-format, loaded again and drawn once. `peak` is the largest resident memory of a training process above that of its
-imports. `planned` is the training as `fewstep plan` counts it, with the encoders and the autoencoder, which stay in a
-CPU's memory; the largest phase counts. Sizes are those of files. Bar: the peak within 10 % of the plan.
+Networks have their true size and random weights; T5-XXL has one of its 24 layers, at true width. The family's own
+LoRA recipe runs with batch 1 for three iterations by `fewstep distill`, without warm-up, warm start and previews.
+Weights and calculations are in float32 where the recipe says bfloat16: CPUs without units for it take 25 to 40 times
+as long. It is killed (SIGKILL) once its first checkpoint is there, and the same command resumes. The student is
+exported in every format, loaded again and drawn once. `peak` is the largest resident memory of a training process
+above that of its imports. `planned` is the training as `fewstep plan` counts it, with the encoders and the
+autoencoder, which stay in a CPU's memory; the largest phase counts. Sizes are those of files. Bar: the peak within 10
+% of the plan.
 """
 
 import argparse
@@ -29,7 +31,6 @@ import torch
 import transformers
 
 import configurations
-from fewstep.backbones.parts import default_dtype
 from fewstep.cli.plan import plans_of
 from fewstep.names import quoted
 from fewstep.runs.recipe import DistillRecipe, read_recipe
@@ -40,7 +41,7 @@ from records import Facts, Record, about, markdown, new_record, origin, provenan
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
-SIZES = {"sd15": 512, "pixart": 512, "sdxl": 512}  # pixels; larger ones take too long on a CPU
+SIZES = {"sd15": 512, "pixart": 256, "sdxl": 256}  # pixels; larger ones take too long on a CPU
 ITERATIONS = 3
 BAR = 0.10
 PROMPTS = ("a red fox in the snow", "a bowl of ramen", "a house by the sea", "an old fisherman")
@@ -60,9 +61,8 @@ def built(family: str, folder: Path, tiny: bool) -> Path:
     for name, (library, called, config) in configurations.PIPELINES[family][1].items():
         kind: Any = getattr({"diffusers": diffusers, "transformers": transformers}[library], called)
         if isinstance(kind, type) and issubclass(kind, torch.nn.Module):
-            with default_dtype(torch.bfloat16):
-                made: Any = network(kind, config)
-                made.save_pretrained(place / name)
+            made: Any = network(kind, config)
+            made.save_pretrained(place / name)
     return place
 
 
@@ -74,9 +74,11 @@ def network(kind: Any, config: Any) -> Any:
     return kind.from_config(dict(config))
 
 
-def settings(run: Path, size: int | None, tiny: bool) -> list[str]:
+def settings(name: str, size: int | None, tiny: bool) -> list[str]:
     """Return what the recipe is told otherwise."""
     sets = {
+        "dtype": "float32",
+        "train.precision": "no",
         "train.iterations": ITERATIONS,
         "train.batch": 1,
         "train.global_batch": 1,
@@ -87,6 +89,7 @@ def settings(run: Path, size: int | None, tiny: bool) -> list[str]:
         "preview.teacher_steps": 1,
         "preview.prompts": f'["{PROMPTS[0]}"]',
         **({"roles.rank": 4} if tiny else {}),
+        **({"warm_start": "null"} if read_recipe(name, [], DistillRecipe).warm_start is not None else {}),
         **({} if size is None or tiny else {"size": size}),
     }
     return [f"{key}={value}" for key, value in sets.items()]
@@ -124,8 +127,8 @@ def watched(command: Sequence[str], log: Path, kill_at: Path | None = None) -> t
 
 def planned(recipe: DistillRecipe) -> int:
     """Return the bytes that a training on a CPU is planned to take."""
-    teacher, (plan,) = plans_of(recipe)
-    encoders = sum(module_bytes(e) for e in teacher.encoders)
+    (plan,) = plans_of(recipe)
+    encoders = sum(module_bytes(e) for e in plan.hollow.teacher.encoders)
     return encoders + max(phase.bytes for phase in plan.phases if phase not in plan.around.encoders)
 
 
@@ -139,7 +142,7 @@ def row(family: str, size: int | None, tiny: bool, work: Path) -> Facts:
     teacher, run, log = built(family, work, tiny), work / "run", work / "log.txt"
     prompts = work / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS) + "\n")
-    name, sets = f"{family}-tdm4-lora", settings(run, size, tiny)
+    name, sets = f"{family}-tdm4-lora", settings(f"{family}-tdm4-lora", size, tiny)
     fewstep = [sys.executable, "-m", "fewstep"]
     command = [*fewstep, "distill", name, "--teacher", str(teacher), "--prompts", str(prompts), "--out", str(run)]
     command += [part for s in sets for part in ("--set", s)]
@@ -163,7 +166,7 @@ def row(family: str, size: int | None, tiny: bool, work: Path) -> Facts:
         shutil.rmtree(out, ignore_errors=True)
     image = work / "image.png"
     _, drawn_in = watched([*fewstep, "sample", str(run), "-p", PROMPTS[0], "-o", str(image)], log)
-    recipe = read_recipe(name, sets, DistillRecipe, {"teacher": str(teacher), "prompts": str(prompts)})
+    recipe = read_recipe(name, sets, DistillRecipe, {"teacher": str(teacher)})
     return {
         "family": family,
         "size": size,
@@ -228,7 +231,7 @@ def main() -> None:
     parser.add_argument(
         "family", choices=[n for n in configurations.PIPELINES if (ROOT / "recipes" / f"{n}-tdm4-lora.yaml").exists()]
     )
-    parser.add_argument("--size", type=int, help="pixels; by default 512, or the family's own")
+    parser.add_argument("--size", type=int, help="pixels; by default 512 or 256, or the family's own")
     parser.add_argument("--tiny", action="store_true", help="a tiny pipeline of the family")
     parser.add_argument("--work", type=Path, help="folder for the pipeline and the run, deleted afterwards")
     parser.add_argument("--to", type=Path, default=Path(__file__).parent, help="where the table goes")

@@ -37,6 +37,7 @@ from fewstep.backbones.base import Backbone
 from fewstep.backbones.load import pipeline_of, quiet
 from fewstep.cli.distill import run_distill
 from fewstep.cli.sample import run_sample
+from fewstep.core.indices import evenly_spaced
 from fewstep.evaluation.distances import frechet_distance, moments, principal_components
 from fewstep.evaluation.features import feature_network, features
 from fewstep.evaluation.motion import motion, rank_correlation
@@ -258,7 +259,7 @@ def drawn(plan: Plan, clips: Clips, teacher: Backbone, student: Student, run: Pa
 
 def chosen(plan: Plan, clips: Clips) -> list[int]:
     """Return the clips that are measured, evenly spaced."""
-    return torch.linspace(0, len(clips.emoji) - 1, plan.count).round().long().tolist()
+    return evenly_spaced(len(clips.emoji), plan.count)
 
 
 def through_codec(teacher: Backbone, clips: Tensor) -> Tensor:
@@ -274,7 +275,7 @@ def looks_and_changes(clips: Tensor) -> tuple[Tensor, Tensor]:
 
     The features are roots of EfficientNet-lite0's at the first, the middle and the last frame.
     """
-    chosen = torch.linspace(0, clips.shape[1] - 1, 3).round().long()
+    chosen = evenly_spaced(clips.shape[1], 3)
     found = features(feature_network(), clips[:, chosen].flatten(0, 1)).sqrt().unflatten(0, (len(clips), 3))
     return found.mean(1), found.diff(dim=1).abs().mean(1)
 

@@ -22,7 +22,7 @@ from fewstep.backbones.rivals import RIVALS, Rival
 from fewstep.config_fields import allowed_text, field_texts
 from fewstep.core.guidance import Guidance
 from fewstep.evaluation.metrics import METRICS
-from fewstep.methods.distribution_matching import FakeScoreConfig, GanConfig, MatchConfig
+from fewstep.methods.distribution_matching import FakeScoreConfig, GanConfig, MatchConfig, RewardConfig
 from fewstep.methods.presets import METHODS, PRESETS
 from fewstep.roles.roles import RolesConfig
 from fewstep.runs.recipe import DataConfig, DistillRecipe, PreviewConfig, PromptsConfig, StageConfig
@@ -227,29 +227,209 @@ def race() -> str:
     )
 
 
+def of_arena(key: str, count: int = 4) -> list[dict[str, Any]]:
+    """Return the rows of a method in the arena that was trained for a step count, or for several."""
+    raced = [r for r in stored("arena") if r["stage"] not in ("teacher", "search")]
+    kinds = [r for r in raced if r["key"] == key and r["count"] in (0, count)]
+    return [r for r in kinds if str(count) in r["measured"]]
+
+
+def arena_fd(key: str, count: int = 4) -> list[float]:
+    """Return the FD of a method in the arena, seed by seed."""
+    return [r["measured"][str(count)]["fd"] for r in of_arena(key, count)]
+
+
+def arena_teacher(steps: int) -> list[float]:
+    """Return the FD of the arena's guided teacher, seed by seed."""
+    own = [r for r in stored("arena") if r["stage"] == "teacher" and (r["steps"], r["solver"]) == (steps, "ddim")]
+    return [r["measured"]["fd"] for r in own if r["guidance"] != 1]
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Return mean and deviation, a dash for nothing."""
+    if not values:
+        return "-"
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
 def arena() -> str:
     """FD of the teacher and of all students that trained for as long, the nearest in 4 steps first."""
     record = json.loads((ROOT / "benchmarks" / "arena.json").read_text(encoding="utf-8"))
-    rate, label, rows = record["common"]["rate"], record["common"]["label"], record["rows"]
-    drawn = [r for r in rows if r["stage"] == "teacher" and r["solver"] == "ddim" and r["guidance"] != 1]
-
-    def fd(found: Sequence[Mapping[str, float]]) -> str:
-        values = [m["fd"] for m in found]
-        return (f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")) if values else "-"
-
-    def own(key: str, count: int) -> list[dict[str, float]]:
-        mine = [r for r in rows if r["stage"] == "race" and (r["key"], r["rate"]) == (key, rate.get(key))]
-        return [r["measured"][str(count)] for r in mine if str(count) in r["measured"] and r["count"] in (0, count)]
-
-    of_teacher = {k: fd([r["measured"] for r in drawn if r["steps"] == k]) for k in (50, 4, 2, 1)}
-    raced = sorted((key for key in label if own(key, 4)), key=lambda key: mean(m["fd"] for m in own(key, 4)))
+    raced = [key for key in record["common"]["rate"] if arena_fd(key)]
+    raced.sort(key=lambda key: mean(arena_fd(key)))
     return table(
         ("model", "4 steps", "2 steps", "1 step", "seeds in 4 steps"),
         [
-            (f"teacher, guided (50 steps: {of_teacher[50]})", *(of_teacher[k] for k in (4, 2, 1)), ""),
-            *((label[key], *(fd(own(key, k)) for k in (4, 2, 1)), len(own(key, 4))) for key in raced),
+            (
+                f"teacher, guided (50 steps: {spread(arena_teacher(50))})",
+                *(spread(arena_teacher(k)) for k in (4, 2, 1)),
+                "",
+            ),
+            *(
+                (record["common"]["label"][key], *(spread(arena_fd(key, k)) for k in (4, 2, 1)), len(arena_fd(key)))
+                for key in raced
+            ),
         ],
     )
+
+
+def rewards() -> str:
+    """What rewards raise next to matching, and at which distance."""
+    record = json.loads((ROOT / "benchmarks" / "arena.json").read_text(encoding="utf-8"))
+    keys = ["tdm", *dict.fromkeys(r["key"] for r in record["rows"] if r["stage"] == "rewards")]
+
+    def line(key: str) -> list[object]:
+        found = [r["measured"]["4"] for r in of_arena(key) if "confidence" in r["measured"]["4"]]
+        cells = [spread([m[k] for m in found], d) for k, d in (("confidence", 3), ("saturation", 3), ("fd", 2))]
+        label = "TDM without a reward" if key == "tdm" else record["common"]["label"][key]
+        return [label, *cells, spread([m["diversity"] for m in found]), len(found)]
+
+    return table(("reward", "confidence", "saturation", "FD", "diversity", "seeds"), [line(key) for key in keys])
+
+
+# Claims of the papers.
+
+
+def verdict(own: Sequence[float], other: Sequence[float], least: float, level: bool = False) -> str:
+    """Return whether `own` is below `other` by more than noise; with `level`, whether it is not above it.
+
+    Noise is two standard errors of the difference of means, `least` at least.
+    """
+    if not own or not other:
+        return "not measured"
+    errors = [stdev(v) ** 2 / len(v) if len(v) > 1 else 0.0 for v in (own, other)]
+    gap, noise = mean(other) - mean(own), max(least, 2 * sum(errors) ** 0.5)
+    if level:
+        return "holds" if gap > -noise else "does not hold"
+    return "holds" if gap > noise else "does not hold: the reverse" if gap < -noise else "does not hold: level"
+
+
+def compared(
+    claim: str, source: str, own: Sequence[float], other: Sequence[float], least: float, where: str, of: str = "FD "
+) -> list[str]:
+    """Return the row of a claim that one model has a lower FD than another."""
+    return [claim, source, verdict(own, other, least), f"{of}{spread(own)} next to {spread(other)}", where]
+
+
+EMOJI_NOISE, ARENA_NOISE = 0.15, 0.2  # of FD
+
+
+def claims() -> str:
+    """Every claim of both papers: whether it holds here, with its number."""
+    four = "4 steps"
+    tdm, arena_tdm = _fd("tdm-4", four), arena_fd("tdm")
+    emoji, ring = "`tdm.md`", "`arena.md`"
+    record = json.loads((ROOT / "benchmarks" / "tdm.json").read_text(encoding="utf-8"))
+    teacher = [record["common"]["teacher"][0]["fd_real"]]
+
+    def here(claim: str, source: str, other: str, draw: str = four, own: str = "tdm-4", mine: str = four) -> list[str]:
+        return compared(claim, source, _fd(own, mine), _fd(other, draw), EMOJI_NOISE, emoji)
+
+    def raced(claim: str, source: str, other: str, count: int = 4, own: str = "tdm") -> list[str]:
+        return compared(claim, source, arena_fd(own, count), arena_fd(other, count), ARENA_NOISE, ring)
+
+    def unmeasured(claim: str, source: str, why: str) -> list[str]:
+        return [claim, source, "cannot be measured here", why, ""]
+
+    def style(name: str) -> tuple[list[float], list[float], list[float]]:
+        def far(model: str) -> list[float]:
+            own = [r for r in stored("finetunes") if r["style"] == name and re.fullmatch(model, r["model"])]
+            return [r["fd_teacher"] for r in own]
+
+        return far("tdm-4-."), far("lcm-."), far("dmd2-5-.")
+
+    def taken(key: str, what: str) -> float:
+        floors = next(r["teacher"] for r in stored("trajpl") if r["part"] == "pixel")
+        start = mean(_measured("pixel", "ddim", what, 2))
+        return 100 * (start - mean(_measured("pixel", key, what, 2))) / (start - floors[what])
+
+    def minutes(key: str) -> float:
+        return mean(r["seconds"] for r in runs("tdm", key)) / 60
+
+    rows: list[list[str]] = [
+        here("TDM is better than DMD2 after as many iterations", "TDM tab. 1, fig. 9", "dmd2"),
+        [
+            "TDM is as good as DMD2 in a fraction of its time",
+            "TDM fig. 9",
+            "holds" if minutes("tdm-4") < minutes("dmd2") else "does not hold",
+            f"{minutes('tdm-4'):.1f} minutes next to {minutes('dmd2'):.1f}, ten fake updates",
+            emoji,
+        ],
+        raced("TDM is better than DMD2 in equal time, one fake update", "TDM tab. 1", "dmd2-1"),
+        raced("the same, five fake updates", "TDM tab. 1", "dmd2-5"),
+        here("TDM is better than LCM", "TDM tab. 1", "lcm"),
+        raced("the same in equal time; LCM has real images there", "TDM tab. 1", "lcm"),
+        here("LCM is poor under a deterministic solver", "TDM fig. 8", "lcm", "4 steps, tested with ddim"),
+        here(
+            "100 iterations of TDM restore it", "TDM fig. 8", "lcm", "4 steps, tested with ddim", "rescued",
+            "4 steps, tested with ddim",
+        ),
+        here("TDM is better than SiD", "TDM tab. 1", "sid"),
+        raced("the same in equal time", "TDM tab. 1", "sid"),
+        raced("TDM is better than Diff-Instruct in 4 steps, in equal time", "TDM tab. 1", "diff-instruct"),
+        raced("the same in 1 step, where both match one state", "TDM tab. 1", "diff-instruct", 1),
+        raced("TDM is better than progressive distillation in equal time", "TDM sec. 2", "progressive"),
+        compared("the student is better than its teacher", "TDM tab. 1", tdm, teacher, EMOJI_NOISE, emoji),
+        compared("the same in the arena", "TDM tab. 1", arena_tdm, arena_teacher(50), ARENA_NOISE, ring),
+        here("segments that do not overlap help", "TDM eq. 5", "no-segments"),
+        here("importance sampling helps", "TDM tab. 5", "no-importance"),
+        *(
+            here(f"the step-count condition helps in {draw}", "TDM tab. 5", "no-condition", draw, "unify", draw)
+            for draw in ("1 step", "2 steps", four)
+        ),
+        here("the Huber surrogate is better than the normalised square", "TDM tab. 5", "no-surrogate", four, "unify"),
+        raced("the same in the arena", "TDM tab. 5", "l2"),
+        compared("DPM-Solver++ samples better than DDIM", "TDM tab. 6", _fd("tdm-4", "4 steps, tested with dpmpp"), tdm,
+                 EMOJI_NOISE, emoji),
+        raced("the same in the arena", "TDM tab. 6", "tdm", 4, "sample-dpmpp"),
+        here("matching noisy samples is better than clean ones, all else equal", "TDM tab. 7", "clean-segment"),
+        here("the same with tau over all times", "TDM tab. 7", "clean", "4 steps, tested with ddim"),
+        here("the Fisher divergence is better than reverse KL", "TDM tab. 8", "tdm-4", four, "fisher"),
+        raced("the same in the arena", "TDM tab. 8", "tdm", 4, "tdm-fisher"),
+        ["one student for 1, 2 and 4 steps serves 4 as well as its own", "TDM tab. 5",
+         verdict(_fd("unify", four), tdm, EMOJI_NOISE, level=True),
+         f"FD {spread(_fd('unify', four))} next to {spread(tdm)}", emoji],
+        raced("TDM after half the time of LCM is better than LCM", "TDM fig. 8", "lcm", 4, "after-lcm"),
+        raced("an adversarial term on real images helps", "TDM eq. 16", "tdm", 4, "gan-real"),
+        *(
+            compared(f"in {name} TDM's LoRA keeps more of the style than {rival}'s", "TDM tab. 2", style(name)[0],
+                     theirs, EMOJI_NOISE, "`finetunes.md`")
+            for name in ("twemoji", "fluent")
+            for rival, theirs in (("LCM", style(name)[1]), ("DMD2", style(name)[2]))
+        ),
+        unmeasured("HPS, aesthetic and CLIP scores of SD 1.5, SDXL, PixArt", "TDM tab. 1", "no GPU, no weights"),
+        unmeasured("users prefer the student to its teacher", "TDM abstract", "no users; `fewstep compare` asks them"),
+        unmeasured("500 iterations and two A800 hours are enough", "TDM abstract", "no GPU"),
+        unmeasured("fine-tuning first is better than an adversarial term on the same images", "TDM tab. 1, 3",
+                   "there is no set of better images"),
+        unmeasured("VBench rises from 80.91 to 81.65", "TDM tab. 4", "no CogVideoX weights; a tiny one in `video.md`"),
+        [
+            "most of DDIM's excess at 2 calls goes, 97 of 100 parts", "TrajP-L abstract",
+            "holds" if taken("trajp-l", "fd_classes") >= 97 else "does not hold",
+            f"{taken('trajp-l', 'fd_classes'):.1f} of 100 on the pixel teacher", "`trajpl.md`",
+        ],
+        [
+            "head and LoRA together are better than each alone", "TrajP-L (reviews)",
+            *trajpl_together(),
+        ],
+        [
+            "head and LoRA are better than LoRA alone on the pixel teacher", "TrajP-L (reviews)",
+            "holds in one of two" if (taken("trajp-l", "fd_classes") > taken("lora", "fd_classes"))
+            != (taken("trajp-l", "fd") > taken("lora", "fd")) else "see the numbers",
+            f"{taken('trajp-l', 'fd_classes'):.1f} next to {taken('lora', 'fd_classes'):.1f} of 100 in a classifier's "
+            f"features, {taken('trajp-l', 'fd'):.1f} next to {taken('lora', 'fd'):.1f} in EfficientNet-lite0's",
+            "`trajpl.md`",
+        ],
+        unmeasured("FID 5.02 on CIFAR-10 at 2 calls in 10 minutes of an RTX 3090", "TrajP-L abstract", "no GPU"),
+    ]
+    return table(("claim", "source", "here", "number", "`benchmarks/`"), rows)
+
+
+def trajpl_together() -> list[str]:
+    """Return verdict, number and place of TrajP-L next to its parts, at 2 calls of the small network."""
+    whole, lora, head = (100 * mean(_measured("network", key, "error", 2)) for key in ("trajp-l", "lora", "head"))
+    said = "holds" if whole < min(lora, head) else "does not hold"
+    return [said, f"error {whole:.1f} next to {lora:.0f} and {head:.0f} of 100 at 2 calls", "`trajpl.md`"]
 
 
 def transfer() -> str:
@@ -517,7 +697,8 @@ def recipe_settings() -> str:
         names = ", ".join(f"`{name}`" for name, known in PRESETS.items() if type(known) is kind)
         own = [name for name in common if name != "name"]
         parts += [f"\n## `method` of {names}\n\n", settings_of(kind, "method.", own)]
-    for block, part in (("match", MatchConfig), ("fake", FakeScoreConfig), ("gan", GanConfig)):
+    blocks = {"match": MatchConfig, "fake": FakeScoreConfig, "gan": GanConfig, "reward": RewardConfig}
+    for block, part in blocks.items():
         parts += [f"\n## `method.{block}`\n\n", settings_of(part, f"method.{block}.")]
     parts += [
         "\n## `train`\n\n",
@@ -631,6 +812,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "rivals": rivals,
     "race": race,
     "arena": arena,
+    "rewards": rewards,
+    "claims": claims,
     "transfer": transfer,
     "trajpl-network": trajpl_network,
     "shape": shape,

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests import pipelines
 from tests.project import ROOT
 
@@ -25,6 +27,7 @@ logging.getLogger("transformers.utils.import_utils").warning("theirs")
 """
 
 
+@pytest.mark.slow
 def test_what_is_not_for_users_is_not_shown(tmp_path: Path) -> None:
     """A scheduler's configuration of years ago, of which diffusers prints all."""
     folder = pipelines.save("sd", tmp_path / "sd")

@@ -51,6 +51,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
     return folder, names
 
 
+@pytest.mark.slow
 def test_the_student_is_the_same_in_a_fresh_process(page: Page) -> None:
     folder, names = page
     (folder / "fresh.py").write_text(

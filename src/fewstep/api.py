@@ -26,12 +26,13 @@ from .data.trajectories import TrajectoryConfig
 from .evaluation.process import ProcessCheck, check_process
 from .findings import require
 from .methods.consistency import ConsistencyDistillation
-from .methods.distribution_matching import DistributionMatching, FakeScoreConfig, GanConfig, MatchConfig
+from .methods.distribution_matching import DistributionMatching, FakeScoreConfig, GanConfig, MatchConfig, RewardConfig
 from .methods.method import Method
 from .methods.presets import ROLES, preset, require_roles
 from .methods.progressive import ProgressiveDistillation
 from .methods.trajectory_imitation import TrajectoryImitation
 from .names import require_path
+from .objectives.rewards import Reward
 from .processes import is_first
 from .report.run import render_run
 from .roles.adapters import fitting_rank, targets
@@ -45,6 +46,7 @@ from .runs.place import place_checks, writing_check
 from .runs.prepare import ImageSource, Lines, RunSpec, prepare, require_exportable
 from .runs.record import hardware
 from .runs.rehearsal import disk_check, student_check, trial_of
+from .runs.rewards import require_reward
 from .runs.run import Run, steps_of
 from .runs.sampling import backbone_of, check_steps, require_prompts
 from .runs.step import Step
@@ -54,7 +56,7 @@ from .student import formats
 from .student.pipeline import load
 from .student.student import Origin, Student, base_of, size_of
 from .training.lock import held_in_python
-from .training.loop import TrainConfig, require_updates
+from .training.loop import TrainConfig, require_groups, require_updates
 from .training.precision import fix_workspace
 from .training.state import checkpoints
 from .words import in_python, python_words, told_in_python
@@ -106,6 +108,7 @@ def distill(
     images: str | Path | ImageSource | None = None,
     trajectories: TrajectoryConfig | None = None,
     init_from: str | Path | None = None,
+    reward: Reward | None = None,
     watch: Watch | None = Watch(),  # noqa: B008 - frozen
 ) -> Generator[Step, None, None]:
     """Distil `teacher`, and yield after every iteration.
@@ -116,7 +119,9 @@ def distill(
     shards, or `teacher` for images that the guided teacher samples first. `trajectories` are the teacher's,
     for trajectory imitation and a regression term; the NFE is shown before the trajectories are generated.
     `init_from` is a finished student to continue: a run, its `final/`, or the `.safetensors` of somebody else's
-    student, a LoRA or a whole network, which is fitted to the rank.
+    student, a LoRA or a whole network, which is fitted to the rank. `reward` is a function of images
+    [B, 3, H, W] in [0, 1] and their prompts, which gives each image a number, for a method with `reward.weight`
+    above 0 that names no `reward.scorer`.
 
     With `out`, checkpoints go to `out` and the same call resumes. A finished run yields its last step again,
     and more `iterations` continue the run. At the end `out/final` holds the student, which `load_student`,
@@ -141,6 +146,8 @@ def distill(
     if note := large_rank(teacher.module, networks):
         warnings.warn(python_words(note), DistillationWarning, stacklevel=3)
     require_updates(method, train.iterations)
+    require_groups(method, train.batch)
+    require_reward(method, reward)
     if method.needs.images != (images is not None):
         raise ValueError(
             f"images: method {method.name} needs some; "
@@ -166,7 +173,7 @@ def distill(
         require(place_checks(folder), "out")
     if method.guidance.active and images is None and not any(asked) and teacher.encode([""]):
         warnings.warn(EMPTY, DistillationWarning, stacklevel=3)
-    spec = RunSpec(method, train, networks, asked, source, trajectories, initial)
+    spec = RunSpec(method, train, networks, asked, source, trajectories, initial, reward)
     return _distilled(teacher, spec, folder, watch)
 
 
@@ -307,6 +314,7 @@ __all__ = [
     "MatchConfig",
     "ProcessCheck",
     "ProgressiveDistillation",
+    "RewardConfig",
     "RolesConfig",
     "Step",
     "Student",

@@ -1,20 +1,24 @@
 """A denoiser in a file of its own is read whole, beside the pipeline that is named with it."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import LCMScheduler, WanPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
 import fewstep
 from fewstep.backbones.conformance import distilled_already
 from fewstep.backbones.denoiser_file import decoded
-from fewstep.backbones.load import load_teacher, pipeline_of
+from fewstep.backbones.families import family_of_pipeline
+from fewstep.backbones.layouts import shift_first
+from fewstep.backbones.load import around, load_teacher, pipeline_of
 from fewstep.backbones.meta import meta_teacher
-from fewstep.backbones.wan import original_names
+from fewstep.backbones.wan import LAYOUT
 
 from .. import pipelines, tiny
 
@@ -28,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def original(pipe: WanPipeline) -> dict[str, Tensor]:
     """The network's weights under the names of Wan's own program."""
-    layers, named = dict(original_names(pipe.transformer)), dict[str, Tensor]()
+    layers, named = dict(LAYOUT.names(pipe.transformer)), dict[str, Tensor]()
     for name, tensor in pipe.transformer.state_dict().items():
         layer, _, kind = name.rpartition(".")
         if layer in layers:
@@ -48,7 +52,7 @@ def eight_bits(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """As ComfyUI stores scaled float8."""
     found = {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
     for name, tensor in tensors.items():
-        if tensor.ndim == 2:
+        if tensor.ndim == 2 and name.endswith("weight"):
             scale = tensor.abs().max() / 448
             found |= {name: (tensor / scale).to(torch.float8_e4m3fn), name.replace("weight", "scale_weight"): scale}
         else:
@@ -81,6 +85,57 @@ def test_every_layout_gives_the_same_network(folder: Path, tmp_path: Path) -> No
     assert all((found[k] - wanted[k]).abs().max() <= wanted[k].abs().max() / 16 for k in wanted)
     layer = "blocks.0.attn1.to_q.weight"
     assert (found[layer] - wanted[layer]).abs().max() > 0
+
+
+RENAMED = {  # what the original programs call norms, which are no layers
+    "flux2": {
+        r"^single_transformer_blocks\.(\d+)\.attn\.norm_([qk])\.weight": r"single_blocks.\1.norm.\2",
+        r"^transformer_blocks\.(\d+)\.attn\.norm_([qk])\.weight": r"double_blocks.\1.img_attn.norm.\2",
+        r"^transformer_blocks\.(\d+)\.attn\.norm_added_([qk])\.weight": r"double_blocks.\1.txt_attn.norm.\2",
+        r"norm\.q$": "norm.query_norm.scale",
+        r"norm\.k$": "norm.key_norm.scale",
+    },
+    "zimage": {r"attention\.norm_([qk])": r"attention.\1_norm"},
+}
+
+
+def as_its_makers_write_it(family: str, pipe: Any) -> dict[str, Tensor]:
+    """The network's weights under the original names: queries, keys and values are one tensor."""
+    network, own = pipe.transformer, dict(pipe.transformer.state_dict())
+    rows, swapped = dict[str, list[Tensor]](), shift_first(network)
+    for name, original in family_of_pipeline(pipe).original_names(network):
+        for kind in ("weight", "bias"):
+            if (tensor := own.pop(f"{name}.{kind}", None)) is not None:
+                tensor = torch.cat(tensor.chunk(2)[::-1]) if name in swapped else tensor
+                rows.setdefault(f"{original}.{kind}", []).append(tensor)
+    for name, tensor in own.items():
+        for pattern, other in RENAMED.get(family, {}).items():
+            name = re.sub(pattern, other, name)
+        rows[name] = [tensor]
+    return {name: torch.cat(tensors) if len(tensors) > 1 else tensors[0] for name, tensors in rows.items()}
+
+
+@pytest.mark.parametrize("family", ["flux2", "zimage", "qwenimage"])
+def test_a_network_alone_of_todays_families(family: str, tmp_path: Path) -> None:
+    """As ComfyUI keeps it, in one file, in shards with an index, and in scaled float8."""
+    folder = pipelines.save(family, tmp_path / family)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        other: Any = pipelines.FAMILIES[family]()
+    wanted, named = other.transformer.state_dict(), as_its_makers_write_it(family, other)
+    assert named.keys() != wanted.keys() or family == "qwenimage"
+    save_file({f"model.diffusion_model.{k}": v.clone() for k, v in named.items()}, tmp_path / "whole.safetensors")
+    halves = list(named)[::2], list(named)[1::2]
+    for i, half in enumerate(halves):
+        save_file({k: named[k].clone() for k in half}, tmp_path / f"part-{i}.safetensors")
+    shards = {k: f"part-{i}.safetensors" for i, half in enumerate(halves) for k in half}
+    (tmp_path / "shards.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    for file in ("whole.safetensors", "shards.safetensors.index.json"):
+        found = load_teacher(f"{tmp_path / file}@{folder}", size=16).module.state_dict()
+        assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)
+    save_file(eight_bits({k: v.contiguous() for k, v in named.items()}), tmp_path / "fp8.safetensors")
+    found = load_teacher(f"{tmp_path / 'fp8.safetensors'}@{folder}", size=16).module.state_dict()
+    assert all((found[k] - wanted[k]).abs().max() <= wanted[k].abs().max() / 8 for k in wanted)
 
 
 def test_a_student_knows_its_base_by_file_and_pipeline(folder: Path, tmp_path: Path) -> None:
@@ -166,3 +221,17 @@ def test_scales_for_rows_and_other_bits() -> None:
 def test_a_teacher_that_is_a_student_is_said_to_be_one(name: str, said: str) -> None:
     found = distilled_already(tiny.pipeline(), name)
     assert said in found and bool(said) == bool(found)
+
+
+def test_other_signs_of_a_student() -> None:
+    """A guidance input, a scheduler of few steps, and `is_distilled`, with which a pipeline is refused as a base."""
+    assert "its network takes the guidance scale as an input" in distilled_already(pipelines.flux(), "x")
+    pipe = tiny.pipeline()
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    assert "its scheduler is of the kind that few-step models have, LCMScheduler" in distilled_already(pipe, "x")
+    for family in ("flux2", "krea2"):
+        turbo = pipelines.FAMILIES[family]()
+        turbo.register_to_config(is_distilled=True)
+        assert "its model_index.json says is_distilled" in distilled_already(turbo, "x")
+        with pytest.raises(ValueError, match=r"^base: x: .*it is a few-step model already; pass the base model"):
+            around(turbo, "x")

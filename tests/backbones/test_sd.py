@@ -119,6 +119,11 @@ def test_sources_that_are_no_teacher(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "AuraFlowPipeline"}')
     with pytest.raises(ValueError, match="is a AuraFlowPipeline, supported are StableDiffusionPipeline"):
         load_teacher(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "QwenImage21Pipeline"}')
+    with pytest.raises(
+        ValueError, match=r"is a QwenImage21Pipeline, which is not supported: Qwen-Image-2\.1 is another"
+    ):
+        load_teacher(tmp_path)
     (tmp_path / "model_index.json").write_text((folder / "model_index.json").read_text())
     with pytest.raises(ValueError, match="text_encoder/ is missing; download it again"):
         load_teacher(tmp_path)
@@ -138,7 +143,7 @@ def test_students_of_a_stochastic_solver_have_even_times() -> None:
         ValueError,
         match=r"^method\.shift: students of a stochastic solver can only be exported with uniform time grids",
     ):
-        student_scheduler({}, [4], "renoise", even=False)
+        student_scheduler({"beta_schedule": "linear"}, [4], "renoise", even=False)
 
 
 @pytest.mark.parametrize(("steps", "solver"), [([1, 2, 4], "ddim"), ([3], "ddim"), ([4], "dpmpp")])

@@ -22,7 +22,7 @@ from fewstep.backbones.lora import changes_of, fuse, places_in
 from fewstep.backbones.meta import meta_teacher
 from fewstep.backbones.parts import blocks_of
 from fewstep.backbones.schedulers import student_scheduler
-from fewstep.backbones.wan import original_names
+from fewstep.backbones.wan import LAYOUT
 from fewstep.checks import check_backbone
 from fewstep.cli.export import run_export
 from fewstep.core import timegrid
@@ -254,7 +254,7 @@ def test_every_layer_has_an_original_name(student: Callable[[str], Made], tmp_pa
     """A LoRA under the names of ComfyUI or musubi's scripts is fused as under diffusers' own."""
     base, final, _ = student("wan")
     pipe = stock(base)
-    names = dict(original_names(pipe.transformer))
+    names = dict(LAYOUT.names(pipe.transformer))
     linear = {n for n, m in pipe.transformer.named_modules() if isinstance(m, torch.nn.Linear)}
     assert linear == names.keys() - {"patch_embedding"} and len(set(names.values())) == len(names)
     own = {f"{t.part}.{t.name}": c for t, c in changes_of(pipe, str(final / "pytorch_lora_weights.safetensors"), 1)}

@@ -21,7 +21,7 @@ from fewstep.backbones.families import FAMILIES
 from fewstep.backbones.load import BUNDLED, HASHES, bundled, load_teacher
 from fewstep.backbones.meta import meta_teacher
 from fewstep.backbones.parts import load_part, network_kind, part_names
-from fewstep.backbones.weights import UnfitError, load_network, strangers, weights_in
+from fewstep.backbones.weights import UnfitError, load_network, mark, strangers, weights_in
 
 from .. import pipelines
 
@@ -304,3 +304,10 @@ def test_an_autoencoder_that_overflows_keeps_what_its_file_says(sd: Path) -> Non
     state = load_file(sd / "vae" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(t, state[n]) for n, t in part.state_dict().items())
     assert isinstance(load_teacher(sd, torch.float16).pipe, StableDiffusionPipeline)  # type: ignore[attr-defined]
+
+
+def test_weights_of_more_numbers_than_float32_counts_have_a_mark() -> None:
+    """The embeddings of most text encoders."""
+    many = torch.zeros(2**24 + 2, dtype=torch.bfloat16)
+    many[-1] = 1
+    assert mark(many, torch.bfloat16)[2][-1] == 1

@@ -11,9 +11,9 @@ Load = Callable[[str], dict[str, Any]]
 MEASURED = {"accuracy": 90.0, "precision": 0.5, "recall": 0.5, "diversity": 1.0}
 
 
-def row(key: str, rate: float, seed: int, fd: float, count: int = 4) -> dict[str, Any]:
+def row(key: str, rate: float, seed: int, fd: float, count: int = 4, stage: str = "race") -> dict[str, Any]:
     return {
-        "stage": "race", "key": key, "count": count, "rate": rate, "seed": seed, "iterations": 10, "seconds": 9.0,
+        "stage": stage, "key": key, "count": count, "rate": rate, "seed": seed, "iterations": 10, "seconds": 9.0,
         "measured": {str(count): MEASURED | {"fd": fd}},
     }  # fmt: skip
 
@@ -21,30 +21,37 @@ def row(key: str, rate: float, seed: int, fd: float, count: int = 4) -> dict[str
 def test_each_method_is_shown_at_its_best_rate_the_nearest_first(load: Load) -> None:
     arena = load("arena")
     rows = [
-        row("tdm", 3e-5, 0, 5.0), row("tdm", 1e-4, 0, 3.0), row("tdm", 1e-4, 1, 5.0),
-        row("lcm", 3e-4, 0, 2.0), row("gan-real", 1e-4, 0, 9.0),
+        row("tdm", 3e-5, 0, 5.5, stage="search"), row("tdm", 1e-4, 0, 3.5, stage="search"),
+        row("tdm", 1e-4, 0, 3.0), row("tdm", 1e-4, 1, 5.0), row("lcm", 3e-4, 0, 2.0),
+        row("gan-real", 1e-4, 1, 5.5, stage="settings"),
     ]  # fmt: skip
     record = sys.modules["records"].new_record("arena", "made up", rows, (0, 1), {"seconds": 12.0})
     text = arena["page"](record)
     four = text[text.index("## 4 steps, 12 CPU seconds each") :].partition("\n## ")[0]
     lines = [[cell.strip() for cell in line.split("|")[1:6]] for line in four.splitlines() if line.startswith("| ")]
-    assert lines[2:] == [
-        ["LCM", "0.0003", "10", "9.0", "2.00"],
-        ["TDM", "0.0001", "10", "9.0", "4.00 ± 1.41"],
-        ["TDM, adversarial term, real images", "0.0001", "10", "9.0", "9.00"],
-    ]
-    assert "| TDM | 5.00 | 3.00 | - |" in text
+    assert lines[2:] == [["LCM", "0.0003", "10", "9.0", "2.00"], ["TDM", "0.0001", "10", "9.0", "4.00 ± 1.41"]]
+    assert "| TDM | 5.50 | 3.50 | - |" in text
+    assert "| adversarial term, real images | TDM eq. 16 | 0.50 | 5.50 |" in text  # next to the same seed
 
 
-def test_later_stages_take_the_best_rate_and_cannot_go_before_it_is_known(load: Load) -> None:
+def test_the_search_tries_every_rate_and_later_stages_take_the_best(load: Load) -> None:
     arena = load("arena")
-    tuned = [c for stage in ("tune", "other-rates") for c in arena["cells"](stage, [])]
+    tuned = list(arena["cells"]("search", [], 0))
     assert len({(c.key, c.rate) for c in tuned}) == len(tuned) == 3 * len(arena["RACERS"])
-    rows = [row(key, rate, 0, 1.0 + (rate != racer.rates[2]), count=4) for key, racer in arena["RACERS"].items()
-            for rate in racer.rates]  # fmt: skip
-    assert {c.rate for c in arena["cells"]("settings", rows)} == {arena["RACERS"]["tdm"].rates[2]}
-    with pytest.raises(SystemExit, match="no tuned rate"):
-        list(arena["cells"]("seeds", []))
+    rows = [row(key, rate, 0, 1.0 + (rate != racer.rates[2]), stage="search")
+            for key, racer in arena["RACERS"].items() for rate in racer.rates]  # fmt: skip
+    for stage, racers in (("settings", arena["OTHERS"]), ("rewards", arena["REWARDED"])):
+        cells = list(arena["cells"](stage, rows, 1))
+        assert {c.rate for c in cells} == {arena["RACERS"]["tdm"].rates[2]} and len(cells) == len(racers)
+    with pytest.raises(SystemExit, match="no rate yet"):
+        list(arena["cells"]("race", [], 0))
+
+
+def test_every_setting_is_one_that_its_method_takes(load: Load) -> None:
+    arena = load("arena")
+    for racer in arena["everyone"]().values():
+        for count in racer.counts:
+            arena["method_of"](racer, count)
 
 
 def test_precision_counts_samples_inside_the_real_ones_reach(load: Load) -> None:

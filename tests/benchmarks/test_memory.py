@@ -20,13 +20,14 @@ def rows(
     """Return the rows of a recipe that takes 30 GiB rounded, 100 whole, and 40 sharded; below 20 GiB nothing fits."""
     memory = load("memory")
 
-    def plans_of(recipe: Any, count: int) -> tuple[Any, list[Any]]:
+    def plans_of(recipe: Any, count: int) -> list[Any]:
         whole = recipe.roles.quantize is None
         least = (40 if recipe.train.shard else 100 if whole else 30) * GIB
         around = SimpleNamespace(encoders=(ENCODER,))
-        return SimpleNamespace(module=nn.Linear(2, 3)), [SimpleNamespace(recipe=recipe, least=least, around=around)]
+        hollow = SimpleNamespace(teacher=SimpleNamespace(module=nn.Linear(2, 3)))
+        return [SimpleNamespace(recipe=recipe, least=least, around=around, hollow=hollow)]
 
-    def fit(made: Any, teacher: Any, usable: int, prefix: str) -> tuple[list[str], int]:
+    def fit(made: Any, usable: int, prefix: str) -> tuple[list[str], int]:
         if usable < 20 * GIB:
             raise TooLargeError("too large", 20 * GIB)
         return (["train.batch=1"], 21 * GIB) if usable < made.least else ([], made.least)

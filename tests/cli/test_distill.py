@@ -201,6 +201,7 @@ def test_a_truncated_teacher_is_one_line(
     assert "is damaged" in error_of(capsys)
 
 
+@pytest.mark.slow
 def test_a_truncated_checkpoint_is_named_and_nothing_is_lost(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -220,6 +221,7 @@ def test_a_truncated_checkpoint_is_named_and_nothing_is_lost(
     assert all(torch.equal(v, weights(run)[k]) for k, v in before.items())
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -126,6 +126,7 @@ def left(run: Path) -> tuple[list[tuple[int, list[str]]], dict[str, str], set[st
     return lines, images, {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="fork")
 def test_a_kill_at_any_step_of_writing_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 

@@ -55,6 +55,7 @@ def by_diffusers(folder: str, steps: int, options: dict[str, Any]) -> Tensor:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("process", "labels"),
     [

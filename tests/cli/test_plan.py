@@ -11,6 +11,7 @@ from fewstep.backbones.meta import meta_teacher
 from fewstep.cli import plan
 from fewstep.cli.plan import (
     LEAST_BATCH,
+    Hollow,
     Phase,
     Plan,
     Surroundings,
@@ -21,10 +22,10 @@ from fewstep.cli.plan import (
     roundings,
     savings,
 )
+from fewstep.data.prompts import Embeddings
 from fewstep.runs.recipe import DistillRecipe, read_recipe
 from fewstep.training.ledger import module_bytes
 from fewstep.training.memory import Training, peak_bytes
-from fewstep.training.once import Costs
 
 from .. import pipelines, tiny
 from .common import error_of, fewstep
@@ -34,13 +35,13 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.fixture(scope="session")
-def planned(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Backbone]:
+def planned(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     train = {"iterations": 2, "batch": 32, "lr": 1e-3, "fake_lr": 1e-3}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("planned"))
         settings = read_recipe(str(recipe(teacher, train=train)), [], DistillRecipe)
-    hollow = meta_teacher(teacher)
-    return plan_of(settings, hollow, around_training(settings, hollow)), hollow
+    hollow = plan.hollow_of(settings, meta_teacher(teacher))
+    return plan_of(settings, hollow, around_training(settings, hollow))
 
 
 def test_the_table_adds_up_and_no_weights_are_read(
@@ -60,11 +61,10 @@ def test_the_table_adds_up_and_no_weights_are_read(
 
 
 @pytest.mark.slow
-def test_what_fits_is_found_and_is_the_same_training(planned: tuple[Plan, Backbone]) -> None:
-    made, teacher = planned
-    seen = []
+def test_what_fits_is_found_and_is_the_same_training(planned: Plan) -> None:
+    made, seen = planned, []
     for usable in (int(made.total * 0.6), made.total):
-        sets, needed = fit(made, teacher, usable, "")
+        sets, needed = fit(made, usable, "")
         assert needed <= usable
         values = dict(s.split("=") for s in sets)
         assert int(values.get("train.batch", 32)) * int(values.get("train.accumulate", 1)) == 32
@@ -73,21 +73,19 @@ def test_what_fits_is_found_and_is_the_same_training(planned: tuple[Plan, Backbo
     assert seen[0] and not seen[1]
 
 
-def test_ways_to_save_come_fastest_first(planned: tuple[Plan, Backbone]) -> None:
-    parts, both = savings(planned[0].recipe, "warm_start.")
+def test_ways_to_save_come_fastest_first(planned: Plan) -> None:
+    parts, both = savings(planned.recipe, "warm_start.")
     assert [s for s, _ in parts] == [
         [f"warm_start.train.batch={32 // k}", f"warm_start.train.accumulate={k}"] for k in (2, 4, 8)
     ]
     assert both[0][0] == ["roles.checkpointing=true"] and "warm_start.train.batch=1" in both[-1][0]
     assert all(r.train.batch * r.train.accumulate == 32 for _, r in [*parts, *both])
-    own = planned[0].recipe
+    own = planned.recipe
     shared = own.model_copy(update={"train": replace(own.train, global_batch=64)})
     assert [s for s, _ in savings(shared, "")[0]] == [[f"train.batch={32 // k}"] for k in (2, 4, 8)]
 
 
-def counted(
-    recipe: DistillRecipe, teacher: Backbone, around: Surroundings, cards: int = 1, costs: Costs | None = None
-) -> Plan:
+def counted(recipe: DistillRecipe, hollow: Hollow, around: Surroundings, cards: int = 1) -> Plan:
     """Return a plan of round numbers.
 
     A base takes 100, moments 40, adapters and gradients 20 each, a sample 4, with checkpointing 1.
@@ -100,6 +98,7 @@ def counted(
         recipe,
         around,
         Training(base, 20, 20, moments, 0, recipe.train.batch * (1 if recipe.roles.checkpointing else 4)),
+        hollow,
     )
 
 
@@ -141,11 +140,11 @@ def test_what_changes_the_result_comes_last_the_least_first(
     none = tiny.stable_diffusion(channels=(96, 96))
     monkeypatch.setattr(plan, "plan_of", counted)
     monkeypatch.setattr(plan, "meta_of", lambda _: none)
-    made = counted(settings, none, Surroundings((), 0, 0))
-    assert fit(made, none, usable, "")[0] == expected
+    made = counted(settings, plan.hollow_of(settings, none), Surroundings((), 0, 0))
+    assert fit(made, usable, "")[0] == expected
     if usable == 80:
         with pytest.raises(ValueError, match=r"with the smallest batch, checkpointing and all that rounds"):
-            fit(made, none, 75, "")
+            fit(made, 75, "")
 
 
 def test_what_a_recipe_rounds_stays_so() -> None:
@@ -166,12 +165,11 @@ def test_what_a_recipe_rounds_stays_so() -> None:
     assert ways(wide, lora=False) == ways(narrow) == [[eight]]
 
 
-def test_a_card_that_is_too_small_is_said_so(planned: tuple[Plan, Backbone]) -> None:
-    made, teacher = planned
+def test_a_card_that_is_too_small_is_said_so(planned: Plan) -> None:
     with pytest.raises(
         ValueError, match=r"^--memory: tiny needs .* are usable; --set dtype=bfloat16 halves the base's weights$"
     ):
-        fit(made, teacher, 2**20, "")
+        fit(planned, 2**20, "")
 
 
 @pytest.mark.parametrize(
@@ -205,7 +203,8 @@ def test_phases_are_counted_apart_and_the_peak_is_named() -> None:
     settings = read_recipe(str(recipe(Path("none"), train=train)), [], DistillRecipe)
     around = Surroundings((Phase("encoding prompts: text_encoder alone", 300),), 7, 90)
     t = Training(100, 20, 20, 40, 5, 60, sampling=32)
-    made = Plan(settings, around, t)
+    hollow = Hollow(tiny.stable_diffusion(), Embeddings({}, {}, [], 0, ""))
+    made = Plan(settings, around, t, hollow)
     held, shown = 100 + 20 + 40 + 5, len(settings.preview.prompts or [None] * 8)
     assert [p.bytes for p in made.phases] == [
         300,
@@ -226,7 +225,7 @@ def test_every_encoder_is_counted_alone(tmp_path: Path) -> None:
     folder = pipelines.save("sdxl", tmp_path / "sdxl")
     settings = read_recipe(str(recipe(folder)), [], DistillRecipe)
     teacher = meta_teacher(folder)
-    around = around_training(settings, teacher)
+    around = around_training(settings, plan.hollow_of(settings, teacher))
     assert [p.name for p in around.encoders] == [
         f"encoding prompts: {n} alone" for n in ("text_encoder", "text_encoder_2")
     ]
@@ -241,12 +240,10 @@ def peak_of(teacher: Backbone) -> int:
 
 
 @pytest.mark.slow
-def test_cards_share_weights_or_exchange_gradients(planned: tuple[Plan, Backbone]) -> None:
-    made, teacher = planned
-
+def test_cards_share_weights_or_exchange_gradients(planned: Plan) -> None:
     def on(cards: int, **train: object) -> Training:
-        own = made.recipe.model_copy(update={"train": replace(made.recipe.train, **train)})  # type: ignore[arg-type]
-        return plan_of(own, teacher, made.around, cards).training
+        own = planned.recipe.model_copy(update={"train": replace(planned.recipe.train, **train)})  # type: ignore[arg-type]
+        return plan_of(own, planned.hollow, planned.around, cards).training
 
     one, eight, shared = on(1), on(8), on(8, shard=True)
     assert replace(eight, exchange=0) == one and eight.exchange == 3 * one.trained // 2

@@ -44,6 +44,7 @@ def test_the_model_cards_snippet_draws_what_sample_draws(
     assert (as_tensor([names["image"]]) - own).abs().max() <= 0.5 / 255 + 1e-4
 
 
+@pytest.mark.slow
 def test_load_is_right_without_a_word(final: Path, teacher: Path) -> None:
     pipe = fewstep.load(teacher, final)
     assert pipe.scheduler.timesteps is not None
@@ -136,6 +137,7 @@ def test_the_fake_score_beside_a_student_that_begins_as_another_is_the_teacher(t
     assert (own - theirs).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_run_may_begin_as_a_finished_student(
     recipe: Path, share: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -36,6 +36,7 @@ def trajpl(recipe: Path) -> Path:
     return recipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how", [{}, *(pytest.param(other, marks=pytest.mark.slow) for other in ({"rank": 0}, {"lora": False}))]
 )

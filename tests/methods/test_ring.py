@@ -21,6 +21,7 @@ def shares(points: Tensor) -> Tensor:
 MAIN: Callable[..., tuple[dict[str, float], Tensor]] = runpy.run_path(str(ROOT / "examples" / "own_network.py"))["main"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::fewstep.DistillationWarning")  # so short a training ends in its first excursions
 def test_a_sixth_of_it_brings_two_steps_near_the_teacher() -> None:
     """Seen: student 0.010, teacher at the student's two steps 0.20."""

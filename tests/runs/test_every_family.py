@@ -23,7 +23,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sid": {"warmup": 1},
     "lcm": {},
 }
-OF_A_TABLE = ("sd", "sdxl", "pixart", "pixart-sigma")  # whose students may be stochastic
 FAST = [("sd3", "tdm"), ("pixart", "trajp-l")]
 WHOLE = ("flux", "tdm")  # compared with a run that is not stopped
 CASES = [
@@ -57,10 +56,6 @@ def test_a_method_trains_resumes_and_writes(family: str, name: str, folders: Any
         *_, step = fewstep.distill(teacher, method, PROMPTS, train=train, roles=roles, out=out, watch=None, **more)
         return fewstep.sample(step, PROMPTS, [0, 1], steps=2)
 
-    if method.solver == "renoise" and family not in OF_A_TABLE:
-        with pytest.raises(ValueError, match="solver: got renoise, students of this family are exported for ddim"):
-            run(tmp_path / "refused", 2)
-        method = fewstep.method(name, **{**settings, "solver": "ddim"})
     torch.manual_seed(0)
     run(tmp_path / "run", 2)
     own = run(tmp_path / "run", 3)
@@ -77,5 +72,7 @@ def test_a_method_trains_resumes_and_writes(family: str, name: str, folders: Any
         if form == "kohya" and family not in ("sd", "sdxl"):  # for U-Nets
             continue
         if form in ("kohya", "pipeline") and method.head != "none":  # no stock pipeline has a head
+            continue
+        if form == "pipeline" and method.solver == "renoise" and family.startswith("wan"):  # told no times
             continue
         run_export(str(final), tmp_path / form, form, None, None)

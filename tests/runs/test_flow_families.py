@@ -14,7 +14,8 @@ from torch import nn
 
 import fewstep
 from fewstep.backbones.flow_transformer import FlowTransformer
-from fewstep.backbones.flux2 import original_names
+from fewstep.backbones.flux2 import LAYOUT
+from fewstep.backbones.layouts import shift_first
 from fewstep.backbones.load import pipeline_of
 from fewstep.student.card import StudentCard
 from fewstep.student.kohya import native, renamed
@@ -66,9 +67,9 @@ def test_original_names_of_flux2_are_the_same_weights() -> None:
         for n, m in layers.items()
         for half in "AB"
     }
-    names = dict(original_names(network))
+    names = dict(LAYOUT.names(network))
     assert renamed(state, names)
-    file = {k.removeprefix("diffusion_model."): v for k, v in native(state, names).items()}
+    file = {k.removeprefix("diffusion_model."): v for k, v in native(state, names, shift_first(network)).items()}
     stems = {k.partition(".lora_")[0] for k in file}
     added = {f"{n}.weight": file[f"{n}.lora_B.weight"] @ file[f"{n}.lora_A.weight"] for n in stems}
     theirs = convert_flux2_transformer_checkpoint_to_diffusers(added)

@@ -224,6 +224,35 @@ def test_layouts_in_which_students_are_published(published: str, tmp_path: Path)
         torch.testing.assert_close(own, change, rtol=1e-3, atol=1e-3)
 
 
+ATTENTION, SINGLE = "transformer_blocks.0.attn", "single_transformer_blocks.0"
+TOGETHER = {  # layers of FLUX.1's original code, and diffusers' layers that are their rows
+    "double_blocks_0_img_attn_qkv": [f"{ATTENTION}.to_q", f"{ATTENTION}.to_k", f"{ATTENTION}.to_v"],
+    "single_blocks_0_linear1": [*(f"{SINGLE}.attn.to_{n}" for n in "qkv"), f"{SINGLE}.proj_mlp"],
+}
+
+
+def test_a_layer_of_the_original_program_is_several_here(tmp_path: Path) -> None:
+    """FLUX.1 as kohya's scripts write it, rank 2 in the file and 3 here: each layer has its own rows, with alpha."""
+    teacher: Any = pipelines.backbone("flux")
+    rng = torch.Generator().manual_seed(1)
+    layers, file, wanted = dict(teacher.module.named_modules()), dict[str, Tensor](), dict[str, Tensor]()
+    for stem, names in TOGETHER.items():
+        counts = [len(layers[n].weight) for n in names]
+        down, up = torch.randn(2, 32, generator=rng), torch.randn(sum(counts), 2, generator=rng)
+        file |= {f"lora_unet_{stem}.lora_down.weight": down, f"lora_unet_{stem}.lora_up.weight": up}
+        file[f"lora_unet_{stem}.alpha"] = torch.tensor(1.0)
+        wanted |= dict(zip(names, (0.5 * up @ down).split(counts), strict=True))
+    save_file(file, tmp_path / "x.safetensors")
+    said: list[str] = []
+    config = fewstep.RolesConfig(rank=3)
+    roles = roles_for(teacher, METHOD, config, init_from=tmp_path / "x.safetensors", say=said.append)
+    assert said == ["init_from: rank 3 keeps 100.0% of the energy of what x.safetensors changes, in 7 layers"]
+    state = adapter_state(roles.networks["student"], "student")
+    for name, change in wanted.items():
+        own = state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]
+        torch.testing.assert_close(own, change, rtol=1e-3, atol=1e-3)
+
+
 def test_it_is_trained_and_resumed(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same start again: a run of two iterations is that of one, resumed."""
     save_file(lora(load_teacher(folder), 8, 8.0), tmp_path / "x.safetensors")

@@ -209,6 +209,29 @@ def test_a_pair_of_networks() -> None:
         assert graph["7"]["inputs"]["samples"] == ["6", 0] and stages[-1] == graph["6"]["inputs"]
 
 
+def test_fresh_noise_is_comfyuis_sampler_lcm() -> None:
+    """Of a pair, the second sampler has another seed: with the same it would draw the first one's noise again."""
+    schedule, config = Flow(shift=3.0), {"num_train_timesteps": 1000, "shift": 3.0}
+    card = on(schedule, solver="renoise", base="Wan-AI/Wan2.2-T2V-A14B-Diffusers")
+    parts = ComfyParts("EmptyHunyuanLatentVideo", "t5", "wan", "vae", fps=16)
+    graph = workflow(
+        card,
+        FAMILIES["WanPipeline"],
+        "high.safetensors",
+        "832x480x81",
+        schedule,
+        config,
+        parts,
+        0.875,
+        "low.safetensors",
+    )
+    assert graph is not None
+    seeds = {n["inputs"]["noise_seed"] for n in graph.values() if n["class_type"] == "SamplerCustom"}
+    assert graph["21"]["inputs"] == {"sampler_name": "lcm"} and seeds == {0, 1}
+    told = nodes(on(schedule, solver="renoise"), "StableDiffusion3Pipeline", schedule, config)
+    assert told["KSampler"]["sampler_name"] == "lcm"
+
+
 def test_styles_that_were_fused_into_the_base_come_before_the_student() -> None:
     card = replace(CARD, base="a.safetensors + some/style.safetensors@0.5")
     graph = workflow(card, FAMILIES["StableDiffusionPipeline"], "x-kohya.safetensors", 512, process(EPS), EPS)

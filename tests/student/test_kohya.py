@@ -10,9 +10,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from fewstep.backbones.original_names import original_names
 from fewstep.roles.adapters import targets
 from fewstep.roles.roles import RolesConfig
-from fewstep.student.kohya import kohya, layers_of, original_names
+from fewstep.student.kohya import kohya, layers_of
 
 from .programs import UNREAD
 
@@ -105,8 +106,9 @@ def test_every_layer_that_is_trained_has_its_name_in_the_original_code(
     layers = targets(net, "all", RolesConfig().exclude)
     assert len(layers) == count
     theirs = {ours: name for name, ours in original_layers(*rule)}
-    assert original_names(layers, [n for n, _ in net.named_modules()]) == {n: theirs[n] for n in layers}
-    named = kohya(state_of(net, layers), 1.0, original_names(layers, [n for n, _ in net.named_modules()]))
+    names = dict(original_names(net))
+    assert {n: names[n] for n in layers} == {n: theirs[n] for n in layers}
+    named = kohya(state_of(net, layers), 1.0, names)
     assert {k.split(".")[0] for k in named} == {f"lora_unet_{theirs[n].replace('.', '_')}" for n in layers}
     assert len(named) == 3 * count
 
@@ -118,9 +120,7 @@ def test_layers_that_some_programs_leave_out_are_not_trained_by_default(shape: d
     outside = {n for n in every if n.split(".")[0] not in ("down_blocks", "mid_block", "up_blocks")}
     assert set(every) - set(own) == outside
     assert set(UNREAD) == {n for n in outside if not n.startswith("add_embedding")}
-    names = original_names(
-        every, [n for n, _ in net.named_modules()]
-    )  # whoever trains them all the same finds them again
+    names = dict(original_names(net))  # whoever trains them all the same finds them again
     assert {names[n] for n in UNREAD} == {"input_blocks.0.0", "out.2", "time_embed.0", "time_embed.2"}
 
 

@@ -91,7 +91,12 @@ def weights(pipe: DiffusionPipeline) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("family", "rank", "alpha"), [pytest.param("sd", 4, 4.0, marks=pytest.mark.slow), ("sd", 8, 1.0), ("sdxl", 4, 16.0)]
+    ("family", "rank", "alpha"),
+    [
+        pytest.param("sd", 4, 4.0, marks=pytest.mark.slow),
+        ("sd", 8, 1.0),
+        pytest.param("sdxl", 4, 16.0, marks=pytest.mark.slow),
+    ],
 )
 def test_every_format_changes_the_weights_alike_without_headers(
     folders: Callable[[str], Path], tmp_path: Path, family: str, rank: int, alpha: float

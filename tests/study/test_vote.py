@@ -142,9 +142,12 @@ def test_answers_can_be_changed_and_a_second_tap_is_none(browser: Browser, tmp_p
     assert browser.run("return document.querySelector('dialog img').src") != right
     browser.click("dialog button", "Close")
     browser.click(".choices.now button", LABELS["left"])
-    browser.click(".choices.now button", LABELS["left"])
+    # A double tap: the second one comes at once, however slow the machine is.
+    tap = (
+        "[...document.querySelectorAll('.choices.now button')].find(b => b.textContent.includes(arguments[0])).click();"
+    )
+    browser.run(tap + "document.querySelectorAll('.choices button')[0].click()", LABELS["left"])
     assert browser.text("#count") == "Pair 2 of 6"
-    browser.run("document.querySelectorAll('.choices button')[0].click()")  # at once: the second tap of a double tap
     assert browser.run("return Object.keys(state.answers).length") == 1
     voter.see()
     browser.click("button", "Back")

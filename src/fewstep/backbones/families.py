@@ -29,6 +29,22 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
+# Pipelines next to a family that somebody may take for it, and why they are none.
+OTHERS = {
+    "QwenImage21Pipeline": "Qwen-Image-2.1 is another network than Qwen-Image: text and image are one sequence in it, "
+    "and its owners sample it without guidance; pass Qwen/Qwen-Image or Qwen/Qwen-Image-2512",
+}
+
+
+def unsupported(name: str) -> str:
+    """Return what is said of a pipeline that is not supported.
+
+    What there is instead, and what to do. `name` is the pipeline's class.
+    """
+    if name in OTHERS:
+        return f"{name}, which is not supported: {OTHERS[name]}"
+    return f"{name}, supported are {', '.join(FAMILIES)}; wrap your own network in fewstep.Denoiser"
+
 
 def family_of_pipeline(pipe: DiffusionPipeline) -> Family:
     """Return the family of a pipeline.
@@ -37,8 +53,5 @@ def family_of_pipeline(pipe: DiffusionPipeline) -> Family:
     """
     found = next((family for family in FAMILIES.values() if isinstance(pipe, family.pipeline)), None)
     if found is None:
-        raise ValueError(
-            f"base: {type(pipe).__name__} is not supported, allowed are {', '.join(FAMILIES)}; "
-            "wrap your own network in fewstep.Denoiser"
-        )
+        raise ValueError(f"base: got a {unsupported(type(pipe).__name__)}")
     return found

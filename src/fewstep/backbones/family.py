@@ -58,7 +58,10 @@ class Family:
     # Options of `pipe(prompt, ...)` with which the pipeline takes the prompt unchanged.
     call_options: Callable[[Any], Mapping[str, Any]] = lambda pipe: {}
     # Layers of the family's networks in the original programs: pairs of diffusers' name and the original one.
+    # Several in turn may be the rows of one original layer.
     original_names: Callable[[Any], Iterable[tuple[str, str]]] = lambda network: ()
+    # Whether a student's file for other programs has these names: ComfyUI knows diffusers' names of most transformers.
+    writes_original: bool = False
     # ComfyUI's node for empty latents; empty if ComfyUI loads no checkpoint of the family by itself.
     comfyui_latent: str = ""
     # The same for models whose parts are files of their own, by the pipeline.

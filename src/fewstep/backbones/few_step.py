@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor, nn
 
 from ..core.schedule import Flow
@@ -21,6 +21,7 @@ from .files import loads_lora, part_name
 from .generate import noise_of
 from .parts import denoiser_of, embeds_guidance
 from .sizes import Size, call_options
+from .student_scheduler import SeededFlowScheduler, StudentScheduler
 
 Kind = TypeVar("Kind", bound=DiffusionPipeline)
 
@@ -80,6 +81,8 @@ class FewStepPipeline(DiffusionPipeline):
                 f"guidance_scale: got {guidance_scale}, guidance is baked into this student; leave it at 1.0",
                 stacklevel=2,
             )
+        if isinstance(self.scheduler, StudentScheduler):
+            self.scheduler.generator = options.get("generator")
         self.set_condition(steps, guidance)
         count = len(prompt) if isinstance(prompt, list) else 1
         if self.defaults.told != 1:
@@ -225,11 +228,17 @@ def drawn(
         return pipe(batch_size=len(prompts), num_inference_steps=steps, generator=generators, output_type="pt").images
     if shape:
         options |= {"latents": family.latents(noise_of(generators, shape)).to(pipe.dtype)}
-    result = pipe(
-        prompt=list(prompts),
-        num_inference_steps=steps,
-        generator=generators,
-        output_type="pt",
-        **options,
-    )
+    own = pipe.scheduler
+    if isinstance(own, FlowMatchEulerDiscreteScheduler) and own.config.stochastic_sampling:
+        pipe.scheduler = SeededFlowScheduler.of(own.config, generators, family.patch)
+    try:
+        result = pipe(
+            prompt=list(prompts),
+            num_inference_steps=steps,
+            generator=generators,
+            output_type="pt",
+            **options,
+        )
+    finally:
+        pipe.scheduler = own
     return result.frames if family.video else result.images

@@ -13,9 +13,36 @@ from torch import Tensor, nn
 from .base import EMBEDDED, Cond
 from .family import ComfyParts, Family
 from .flow_transformer import FlowTransformer, pack, places, unpack
+from .layouts import Layout
 from .parts import embeds_guidance, on, single_output, transformer_features
 from .settings import require_channels, require_flow, same
 
+LAYOUT = Layout(  # of the original code; queries, keys and values are one layer in it, in single blocks with the MLP
+    outside={
+        "x_embedder": "img_in", "context_embedder": "txt_in", "proj_out": "final_layer.linear",
+        "norm_out.linear": "final_layer.adaLN_modulation.1",
+        "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+        "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+        "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+        "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+        "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+        "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    },
+    blocks={
+        "transformer_blocks": ("double_blocks", {
+            "attn.to_q": "img_attn.qkv", "attn.to_k": "img_attn.qkv", "attn.to_v": "img_attn.qkv",
+            "attn.add_q_proj": "txt_attn.qkv", "attn.add_k_proj": "txt_attn.qkv", "attn.add_v_proj": "txt_attn.qkv",
+            "attn.to_out.0": "img_attn.proj", "attn.to_add_out": "txt_attn.proj",
+            "norm1.linear": "img_mod.lin", "norm1_context.linear": "txt_mod.lin",
+            "ff.net.0.proj": "img_mlp.0", "ff.net.2": "img_mlp.2",
+            "ff_context.net.0.proj": "txt_mlp.0", "ff_context.net.2": "txt_mlp.2",
+        }),
+        "single_transformer_blocks": ("single_blocks", {
+            "attn.to_q": "linear1", "attn.to_k": "linear1", "attn.to_v": "linear1", "proj_mlp": "linear1",
+            "proj_out": "linear2", "norm.linear": "modulation.lin",
+        }),
+    },
+)  # fmt: skip
 SCALE = 3.5  # guidance scale that the pipeline tells by default
 
 
@@ -84,6 +111,7 @@ FAMILY = Family(
     latents=pack,
     patch=2,
     check=check,
+    original_names=LAYOUT.names,
     comfyui_parts=lambda pipe: ComfyParts(
         "EmptySD3LatentImage",
         "clip_l.safetensors",

@@ -4,7 +4,7 @@ The text is that of three layers. klein is guided by two halves. dev is told its
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,31 +14,35 @@ from torch import Tensor, nn
 from .base import EMBEDDED, Cond
 from .family import ComfyParts, Family
 from .flow_transformer import FlowTransformer, pack, places, unpack
+from .layouts import Layout
 from .parts import on, single_output, transformer_features
 from .settings import require_channels, require_flow, same
 
 STEPS = 50  # steps of the teacher, on which the pipeline's shift depends
 QWEN_4B = 2560  # width of klein-4B's text encoder
-# Layers of the original code: in blocks of two streams, in blocks of one, and outside.
-DOUBLE = {
-    "attn.to_q": "img_attn.qkv", "attn.to_k": "img_attn.qkv", "attn.to_v": "img_attn.qkv",
-    "attn.add_q_proj": "txt_attn.qkv", "attn.add_k_proj": "txt_attn.qkv", "attn.add_v_proj": "txt_attn.qkv",
-    "attn.to_out.0": "img_attn.proj", "attn.to_add_out": "txt_attn.proj",
-    "ff.linear_in": "img_mlp.0", "ff.linear_out": "img_mlp.2",
-    "ff_context.linear_in": "txt_mlp.0", "ff_context.linear_out": "txt_mlp.2",
-}  # fmt: skip
-SINGLE = {"attn.to_qkv_mlp_proj": "linear1", "attn.to_out": "linear2"}
-OUTSIDE = {
-    "x_embedder": "img_in", "context_embedder": "txt_in", "proj_out": "final_layer.linear",
-    "norm_out.linear": "final_layer.adaLN_modulation.1",
-    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
-    "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
-    "time_guidance_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
-    "time_guidance_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
-    "single_stream_modulation.linear": "single_stream_modulation.lin",
-    "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
-    "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
-}  # fmt: skip
+LAYOUT = Layout(  # of the original code; queries, keys and values are one layer in it
+    outside={
+        "x_embedder": "img_in", "context_embedder": "txt_in", "proj_out": "final_layer.linear",
+        "norm_out.linear": "final_layer.adaLN_modulation.1",
+        "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+        "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+        "time_guidance_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+        "time_guidance_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+        "single_stream_modulation.linear": "single_stream_modulation.lin",
+        "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
+        "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
+    },
+    blocks={
+        "transformer_blocks": ("double_blocks", {
+            "attn.to_q": "img_attn.qkv", "attn.to_k": "img_attn.qkv", "attn.to_v": "img_attn.qkv",
+            "attn.add_q_proj": "txt_attn.qkv", "attn.add_k_proj": "txt_attn.qkv", "attn.add_v_proj": "txt_attn.qkv",
+            "attn.to_out.0": "img_attn.proj", "attn.to_add_out": "txt_attn.proj",
+            "ff.linear_in": "img_mlp.0", "ff.linear_out": "img_mlp.2",
+            "ff_context.linear_in": "txt_mlp.0", "ff_context.linear_out": "txt_mlp.2",
+        }),
+        "single_transformer_blocks": ("single_blocks", {"attn.to_qkv_mlp_proj": "linear1", "attn.to_out": "linear2"}),
+    },
+)  # fmt: skip
 SCALE = 4.0  # guidance scale that dev's pipeline tells by default
 
 
@@ -132,20 +136,6 @@ def check(pipe: Flux2KleinPipeline | Flux2Pipeline) -> None:
     )  # fmt: skip
 
 
-def original_names(network: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield (diffusers' name, original name) of every layer that has both.
-
-    Queries, keys and values are one layer in the original.
-    """
-    blocks = {"transformer_blocks": ("double_blocks", DOUBLE), "single_transformer_blocks": ("single_blocks", SINGLE)}
-    for name, _ in network.named_modules():
-        kind, *rest = name.split(".", 2)
-        if name in OUTSIDE:
-            yield name, OUTSIDE[name]
-        elif kind in blocks and len(rest) == 2 and (original := blocks[kind][1].get(rest[1])) is not None:
-            yield name, f"{blocks[kind][0]}.{rest[0]}.{original}"
-
-
 def klein_parts(pipe: Flux2KleinPipeline) -> ComfyParts:
     """Return the files of klein in ComfyUI.
 
@@ -169,7 +159,8 @@ KLEIN, DEV = (
         told_by="sigmas",
         patch=1,
         check=check,
-        original_names=original_names,
+        original_names=LAYOUT.names,
+        writes_original=True,
         comfyui_parts=parts,
     )
     for pipeline, parts in ((Flux2KleinPipeline, klein_parts), (Flux2Pipeline, dev_parts))

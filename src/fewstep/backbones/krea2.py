@@ -13,8 +13,24 @@ from torch import Tensor, nn
 from .base import Cond
 from .family import ComfyParts, Family
 from .flow_transformer import FlowTransformer, pack, places, unpack
+from .layouts import Layout
 from .parts import on, single_output, transformer_features
 from .settings import require_channels, require_flow, same
+
+BLOCK = {
+    "attn.to_q": "attn.wq", "attn.to_k": "attn.wk", "attn.to_v": "attn.wv", "attn.to_out.0": "attn.wo",
+    "attn.to_gate": "attn.gate", "ff.gate": "mlp.gate", "ff.up": "mlp.up", "ff.down": "mlp.down",
+}  # fmt: skip
+LAYOUT = Layout(  # of the original code
+    outside={
+        "img_in": "first", "final_layer.linear": "last.linear", "time_mod_proj": "tproj.1",
+        "time_embed.linear_1": "tmlp.0", "time_embed.linear_2": "tmlp.2",
+        "txt_in.linear_1": "txtmlp.1", "txt_in.linear_2": "txtmlp.3", "text_fusion.projector": "txtfusion.projector",
+    },
+    blocks={"transformer_blocks": ("blocks", BLOCK)} | {
+        f"text_fusion.{name}": (f"txtfusion.{name}", BLOCK) for name in ("layerwise_blocks", "refiner_blocks")
+    },
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,6 +87,7 @@ FAMILY = Family(
     latents=pack,
     patch=2,
     check=check,
+    original_names=LAYOUT.names,
     comfyui_parts=lambda pipe: ComfyParts(
         "EmptySD3LatentImage", "qwen3vl_4b_fp8_scaled.safetensors", "krea2", "qwen_image_vae.safetensors", shift=""
     ),

@@ -28,7 +28,7 @@ from ..reading import ReadError, json_in, out_of_memory, reading, reason, unread
 from .base import Backbone, speechless
 from .denoiser_file import INDEX as INDEX_OF_SHARDS
 from .denoiser_file import DenoiserFile, denoiser_file, read_denoiser
-from .families import FAMILIES, family_of_pipeline
+from .families import FAMILIES, family_of_pipeline, unsupported
 from .family import Family
 from .lora import DENOISERS, fuse
 from .parts import (
@@ -444,10 +444,7 @@ def family_of(source: str | Path) -> Family:
         ) from error
     if not isinstance(name, str) or name not in FAMILIES:
         called = name if isinstance(name, str) and name.isprintable() else repr(name)[:80]
-        raise ValueError(
-            f"teacher: {source} is a {called}, supported are {', '.join(FAMILIES)}; "
-            "wrap your own network in fewstep.Denoiser"
-        )
+        raise ValueError(f"teacher: {source} is a {unsupported(called)}")
     return FAMILIES[name]
 
 

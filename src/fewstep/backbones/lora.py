@@ -1,15 +1,15 @@
 """Fusing LoRAs into a pipeline's weights: all of a file, or nothing.
 
-The layers may have the names of diffusers, PEFT, kohya or the original programs. Each weight becomes
+The layers may have the names of diffusers, PEFT, kohya or the original programs. A layer of the original programs may
+be several here, such as queries, keys and values: each takes its rows. Each weight becomes
 `W + strength alpha / r B A`, computed in single precision. What is no plain LoRA, and what does not belong to
 the model, is refused by name: libraries drop such tensors with a line in a log.
 """
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from ..tensors import finite, read_tensors, require_floating
 from ..typed import typed
 from .experts import PARTS
 from .families import family_of_pipeline
+from .layouts import shift_first
 from .weights import PICKLES
 
 USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # libraries' names for a LoRA in its folder
@@ -84,6 +85,16 @@ class Target(NamedTuple):
     part: str
     name: str
     layer: nn.Linear | nn.Conv2d
+
+
+class Place(NamedTuple):
+    """Where a name in a file belongs.
+
+    It has the rows of these layers, in turn. Of a `swapped` layer, the file has the second half of the rows first.
+    """
+
+    targets: tuple[Target, ...]
+    swapped: bool = False
 
 
 def fuse(pipe: DiffusionPipeline, lora: str, strength: float) -> int:
@@ -177,12 +188,12 @@ def differences(
 def targets_of(pipe: DiffusionPipeline, facts: Facts, denoiser: str) -> Iterator[tuple[str, Factors, Target]]:
     """Yield what a LoRA has for each layer.
 
-    With the layer's name in the file, and its place in the pipeline.
+    With the layer's name in the file, and the layer in the pipeline.
     Raises LoraError where a tensor has no place in the pipeline, and where two names mean one layer.
     """
     places, layers = places_in(pipe), factors_of(facts)
     if unknown := [layer for layer in layers if _place(layer, places, denoiser) is None]:
-        own = ", ".join(sorted({t.part for t in places.values()}))
+        own = ", ".join(sorted({t.part for place in places.values() for t in place.targets}))
         raise LoraError(
             f"{len(unknown)} of its {len(layers)} layers are not there in this {type(pipe).__name__} ({own}), "
             f"the first is {unknown[0]!r}",
@@ -190,12 +201,32 @@ def targets_of(pipe: DiffusionPipeline, facts: Facts, denoiser: str) -> Iterator
         )
     seen: dict[Target, str] = {}
     for layer, factors in layers.items():
-        target = _place(layer, places, denoiser)
-        assert target is not None
-        if target in seen:
-            raise LoraError(f"{layer!r} and {seen[target]!r} are the same layer")
-        seen[target] = layer
-        yield layer, factors, target
+        place = _place(layer, places, denoiser)
+        assert place is not None
+        for target, own_factors in _portions(layer, factors, place):
+            if target in seen:
+                raise LoraError(f"{layer!r} and {seen[target]!r} are the same layer")
+            seen[target] = layer
+            yield layer, own_factors, target
+
+
+def _portions(layer: str, factors: Factors, place: Place) -> Iterator[tuple[Target, Factors]]:
+    """Yield each layer of a place with its rows of the factors.
+
+    Raises LoraError where there are more or fewer rows.
+    """
+    up, counts = factors.up, [len(t.layer.weight) for t in place.targets]
+    if up is None or (len(counts) == 1 and not place.swapped):
+        yield place.targets[0], factors
+        return
+    if up.ndim < 2 or len(up) != sum(counts):
+        raise LoraError(
+            f"{layer!r} has a factor of {list(up.shape)}, the layer here has {sum(counts)} rows",
+            "pass a LoRA that was made for this kind of model",
+        )
+    rows = torch.cat(up.chunk(2)[::-1]) if place.swapped else up
+    for target, portion in zip(place.targets, rows.split(counts), strict=True):
+        yield target, replace(factors, up=portion)
 
 
 def difference(layer: str, factors: Factors, target: Target, facts: Facts) -> Tensor:
@@ -279,12 +310,12 @@ def factors_of(facts: Facts) -> dict[str, Factors]:
     return layers
 
 
-def places_in(pipe: DiffusionPipeline) -> dict[tuple[str, str], Target]:
+def places_in(pipe: DiffusionPipeline) -> dict[tuple[str, str], Place]:
     """Return the layers that a LoRA may change.
 
     The keys are (part, layer name with `_` for dots), in diffusers' names and in the original ones.
     """
-    places: dict[tuple[str, str], Target] = {}
+    places: dict[tuple[str, str], Place] = {}
     family = family_of_pipeline(pipe)
     for part, network in pipe.components.items():
         if not isinstance(network, nn.Module) or part in ("vae", "safety_checker", "image_encoder"):
@@ -298,15 +329,15 @@ def places_in(pipe: DiffusionPipeline) -> dict[tuple[str, str], Target]:
             target = Target(part, name, layer)
             bare = name.removeprefix("text_model.")
             for known in {name, bare, f"text_model.{bare}"} if part.startswith("text_encoder") else {name}:
-                places[part, flat(known)] = target
+                places[part, flat(known)] = Place((target,))
         if part in DENOISERS:
-            # A module around a layer may have the layer's original name too, and is none.
-            names = [(name, original) for name, original in family.original_names(network) if name in layers]
-            counts = Counter(original for _, original in names)
-            for name, original in names:
-                if counts[original] > 1 or original.endswith("final_layer.adaLN_modulation.1"):
-                    continue  # rows of one layer, and rows in another order, have no layer of their own
-                places.setdefault((part, flat(original)), Target(part, name, layers[name]))
+            swapped, together = shift_first(network), dict[str, list[str]]()
+            for name, original in family.original_names(network):
+                if name in layers:  # a module around a layer may have the layer's original name too, and is none
+                    together.setdefault(original, []).append(name)
+            for original, names in together.items():
+                targets = tuple(Target(part, name, layers[name]) for name in names)
+                places.setdefault((part, flat(original)), Place(targets, names[0] in swapped))
     return places
 
 
@@ -315,17 +346,18 @@ def flat(name: str) -> str:
     return name.replace(".", "_")
 
 
-def _place(layer: str, places: Mapping[tuple[str, str], Target], denoiser: str) -> Target | None:
-    """Return the layer that a file's name means, or None."""
+def _place(layer: str, places: Mapping[tuple[str, str], Place], denoiser: str) -> Place | None:
+    """Return the layers that a file's name means, or None."""
     layer = layer.removeprefix("base_model.model.")
-    starts = {
-        "lora_unet_": denoiser, "lora_transformer_": denoiser, "lora_te_": "text_encoder",
-        "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te3_": "text_encoder_3",
-        "text_encoder.": "text_encoder", "text_encoder_2.": "text_encoder_2", "text_encoder_3.": "text_encoder_3",
-        "unet.": denoiser, "transformer.": denoiser, f"{PARTS[1]}.": PARTS[1], "diffusion_model.": denoiser,
-        "": denoiser,
-    }  # fmt: skip
-    found = ((part, flat(layer.removeprefix(start))) for start, part in starts.items() if layer.startswith(start))
+    starts = (
+        ("lora_unet_", denoiser), ("lora_transformer_", denoiser), ("lycoris_", denoiser),
+        ("lora_te_", "text_encoder"), ("lora_te1_", "text_encoder"), ("lora_te2_", "text_encoder_2"),
+        ("lora_te3_", "text_encoder_3"), ("lora_te3_", "text_encoder_2"),  # kohya's scripts call FLUX.1's T5 the third
+        ("text_encoder.", "text_encoder"), ("text_encoder_2.", "text_encoder_2"), ("text_encoder_3.", "text_encoder_3"),
+        ("unet.", denoiser), ("transformer.", denoiser), (f"{PARTS[1]}.", PARTS[1]), ("diffusion_model.", denoiser),
+        ("", denoiser),
+    )  # fmt: skip
+    found = ((part, flat(layer.removeprefix(start))) for start, part in starts if layer.startswith(start))
     return next((places[key] for key in found if key in places), None)
 
 

@@ -151,7 +151,7 @@ class Latent(DiffusersBackbone):
         vae = self.pipe.vae
         shift, scale = self.latent_scale(x)
         z = x.float() / scale + shift
-        with torch.no_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):  # a reward's gradient passes
             images = torch.cat([images_of(vae, part) for part in z.to(vae.dtype).split(self.chunk)])
         return (images.float() / 2 + 0.5).clamp(0, 1)
 

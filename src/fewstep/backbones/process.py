@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.indices import evenly_spaced
 from ..core.prediction import ROWS, Row, edm_row
 from ..core.schedule import EDM, VP, Flow, Schedule
 from .base import Backbone
@@ -70,11 +71,7 @@ def schedule_data(schedule: Schedule, most: int | None = None) -> dict[str, Any]
     """
     if isinstance(schedule, VP):
         table = schedule.alpha_bar.double().cpu()
-        kept = (
-            table
-            if most is None or len(table) <= most
-            else table[torch.linspace(0, len(table) - 1, most).round().long()]
-        )
+        kept = table if most is None else table[evenly_spaced(len(table), most)]
         return {"kind": "VP", "levels": len(table), "alpha_bar": kept.tolist()}
     if isinstance(schedule, EDM | Flow):
         return {"kind": type(schedule).__name__, **asdict(schedule)}
@@ -111,7 +108,7 @@ def mapping_of(backbone: Backbone, prompts: Sequence[str], count: int = PROBED) 
     """
     if backbone.encoders:
         return ""
-    asked = [prompts[i] for i in torch.linspace(0, len(prompts) - 1, min(count, len(prompts))).round().long().tolist()]
+    asked = [prompts[i] for i in evenly_spaced(len(prompts), count)]
     with torch.no_grad():
         says = probe(backbone.encode(asked), count)
     return hashlib.sha256(json.dumps(says).encode()).hexdigest()[:8] if says else ""

@@ -115,39 +115,79 @@ def student_scheduler(
 
     On a table of times, DDIM on trailing times is exact if the step count divides the table. DPM-Solver++ of
     order 1 is the same rule and is exact for any step count. Students of a stochastic solver get LCM's
-    scheduler. Students of a solver that no stock scheduler has get the stock scheduler of the nearest order,
-    and fewstep's own when fewstep samples. CogVideoX has its own scheduler, which alone knows its shift. Flow
-    has another, whose Euler steps are DDIM's. On EDM's noise levels, the scheduler is right for the first of
-    `steps` alone (see `_on_noise_levels`).
+    scheduler, on flow Euler's with fresh noise. Students of a solver that no stock scheduler has get the stock
+    scheduler of the nearest order, and fewstep's own when fewstep samples. CogVideoX has its own scheduler, which
+    alone knows its shift; LCM's gets the shifted betas. Flow has another, whose Euler steps are DDIM's. On EDM's
+    noise levels, the scheduler is right for the first of `steps` alone (see `_on_noise_levels`).
 
     Raises ValueError if there is no such scheduler.
     """
     rule = SOLVERS[solver]
     if "sigma_data" in config:
         return _on_noise_levels(config, steps[0], rule, even)
-    if not even and rule.stochastic:
+    flow = is_flow(config)
+    if not even and rule.stochastic and not flow:
         raise ValueError(
             "method.shift: students of a stochastic solver can only be exported with uniform time grids; "
             "set it to 1, or method.solver=ddim"
         )
     if "snr_shift_scale" in config:
-        _only_ddim(rule)
         if even:
             _divides(config, steps)
         shared = {k: config[k] for k in (*_TABLE, "snr_shift_scale") if k in config}
-        return CogVideoXDDIMScheduler(**shared, **_WHOLE, timestep_spacing="trailing")
-    if "beta_schedule" not in config:  # no table of betas: flow
+        own = CogVideoXDDIMScheduler(**shared, **_WHOLE, timestep_spacing="trailing")
+        if rule.stock == "lcm":
+            table = {k: config[k] for k in ("num_train_timesteps", "prediction_type")}
+            return _lcm({**table, "trained_betas": _betas(own.alphas_cumprod)})
+        _only_ddim(rule)
+        return own
+    if flow:
+        table, shift = config["num_train_timesteps"], config.get("shift", 1.0)
+        if rule.stock == "lcm":
+            return FlowMatchEulerDiscreteScheduler(table, shift=shift, stochastic_sampling=True)
         _only_ddim(rule)
         if config.get(TOLD_SIGMAS):
-            return FlowMatchEulerDiscreteScheduler(config["num_train_timesteps"], shift=config["shift"])
-        return _flow()(num_train_timesteps=config["num_train_timesteps"], shift=config.get("shift", 1.0))
+            return FlowMatchEulerDiscreteScheduler(table, shift=shift)
+        return _flow()(num_train_timesteps=table, shift=shift)
     shared = {k: config[k] for k in _TABLE if k in config}
     if rule.stock == "lcm":
         _divides(config, steps)
-        return LCMScheduler(**shared, original_inference_steps=config["num_train_timesteps"], clip_sample=False)
+        return _lcm(shared)
     if rule.order == 1 and even and all(config["num_train_timesteps"] % k == 0 for k in steps):
         return DDIMScheduler(**shared, **_WHOLE, **_TRAILING)
     return DPMSolverMultistepScheduler(**shared, **_TRAILING, solver_order=min(rule.order, 2))
+
+
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """Return whether a scheduler's settings are those of flow.
+
+    With neither a table of betas nor EDM's noise levels.
+    """
+    return "beta_schedule" not in config and "sigma_data" not in config
+
+
+def visits_alone(config: Mapping[str, Any], solver: str, even: bool) -> bool:
+    """Return whether a pipeline told a step count visits a student's times.
+
+    Euler's scheduler of flow, which a stochastic student of flow has, visits others by itself: its pipeline has to
+    tell it K even sigmas. `config` is that of the backbone, and `even` says that the times are.
+    """
+    return even and (not (SOLVERS[solver].stochastic and is_flow(config)) or bool(config.get(TOLD_SIGMAS)))
+
+
+def _lcm(table: Mapping[str, Any]) -> SchedulerMixin:
+    """Return LCM's scheduler on a table of betas, with trailing times."""
+    return LCMScheduler(**table, original_inference_steps=table["num_train_timesteps"], clip_sample=False)
+
+
+def _betas(alphas: torch.Tensor) -> list[float]:
+    """Return the betas of a table of `alphas_cumprod`.
+
+    The last of the table may be 0.
+    """
+    exact = alphas.double()
+    betas: list[float] = (1 - exact / torch.cat([exact.new_ones(1), exact[:-1]])).tolist()
+    return betas
 
 
 def _on_noise_levels(config: Mapping[str, Any], steps: int, rule: Solver, even: bool) -> SchedulerMixin:
@@ -215,7 +255,7 @@ def _flow() -> type[SchedulerMixin]:
 def _only_ddim(rule: Solver) -> None:
     if rule.name != "ddim":
         raise ValueError(
-            f"method.solver: got {rule.name}, students of this family are exported for ddim alone; choose that"
+            f"method.solver: got {rule.name}, students of this family are exported for ddim or renoise; choose one"
         )
 
 

@@ -12,8 +12,31 @@ from torch import Tensor, nn
 
 from .base import Cond
 from .family import Family
+from .layouts import Layout
 from .parts import LatentTransformer, on, single_output, transformer_features
 from .settings import flow
+
+LAYOUT = Layout(  # of the original code; queries, keys and values are one layer in it
+    outside={
+        "pos_embed.proj": "x_embedder.proj", "context_embedder": "context_embedder", "proj_out": "final_layer.linear",
+        "norm_out.linear": "final_layer.adaLN_modulation.1",
+        "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+        "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+        "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+        "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    },
+    blocks={"transformer_blocks": ("joint_blocks", {
+        "attn.to_q": "x_block.attn.qkv", "attn.to_k": "x_block.attn.qkv", "attn.to_v": "x_block.attn.qkv",
+        "attn2.to_q": "x_block.attn2.qkv", "attn2.to_k": "x_block.attn2.qkv", "attn2.to_v": "x_block.attn2.qkv",
+        "attn.add_q_proj": "context_block.attn.qkv", "attn.add_k_proj": "context_block.attn.qkv",
+        "attn.add_v_proj": "context_block.attn.qkv",
+        "attn.to_out.0": "x_block.attn.proj", "attn2.to_out.0": "x_block.attn2.proj",
+        "attn.to_add_out": "context_block.attn.proj",
+        "norm1.linear": "x_block.adaLN_modulation.1", "norm1_context.linear": "context_block.adaLN_modulation.1",
+        "ff.net.0.proj": "x_block.mlp.fc1", "ff.net.2": "x_block.mlp.fc2",
+        "ff_context.net.0.proj": "context_block.mlp.fc1", "ff_context.net.2": "context_block.mlp.fc2",
+    })},
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,5 +82,6 @@ FAMILY = Family(
     StableDiffusion3Pipeline,
     lambda pipe, name: StableDiffusion3(pipe, name, flow(pipe)),
     told_by="sigmas",
+    original_names=LAYOUT.names,
     comfyui_latent="EmptySD3LatentImage",
 )

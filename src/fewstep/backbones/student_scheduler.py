@@ -1,16 +1,18 @@
 """A diffusers scheduler that steps through a student's own times.
 
-For students that no stock scheduler can sample: heads, iPNDM, analytic first steps (AFS).
+For students that no stock scheduler can sample: heads, iPNDM, analytic first steps (AFS). And for students of flow
+with fresh noise at every step, of which a call's generators are the source here alone.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..core.prediction import Row, Split, split
@@ -35,6 +37,22 @@ class SamplingSpec:
     patch: int = 0  # side of the patches that the pipeline hands over as tokens; 0: states as they are
 
 
+Generators = torch.Generator | Sequence[torch.Generator] | None  # as diffusers takes them
+
+
+def noise_like(x: Tensor, patch: int, generator: Generators) -> Tensor:
+    """Draw the noise that `generate.trajectory` draws from these generators, float32.
+
+    x [B, C, h, w] with `patch` 0. Tokens [B, N, patch^2 C] are packed noise: of a square state where N is a square.
+    """
+    if not patch:
+        return randn_tensor(x.shape, generator=generator, device=x.device)
+    count, width = x.shape[1:]
+    rows = math.isqrt(count) if math.isqrt(count) ** 2 == count else 1
+    shape = (len(x), width // patch**2, rows * patch, count // rows * patch)
+    return pack(randn_tensor(shape, generator=generator, device=x.device), patch)
+
+
 def pipeline_nfe(schedule: Schedule, analytic: bool, steps: int) -> int:
     """Return a pipeline's NFE for one image.
 
@@ -54,6 +72,7 @@ class StudentScheduler(DDIMScheduler):
     student: SamplingSpec
     skipped = 0  # analytic steps, of which the pipeline does not know
     history: SolverHistory | None = None
+    generator: Generators = None  # of fresh noise, where the pipeline hands over none
 
     @staticmethod
     def of(config: Mapping[str, Any], student: SamplingSpec) -> "StudentScheduler":
@@ -168,13 +187,13 @@ class StudentScheduler(DDIMScheduler):
         sample: Tensor,
         eta: float = 0.0,
         use_clipped_model_output: bool = False,
-        generator: Any = None,
+        generator: Generators = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
         """Take one step of the student from `timestep`.
 
-        Only the first three arguments and `return_dict` count.
+        Only the first three arguments, `generator` and `return_dict` count.
         """
         s, x, place = self.student, self._state(sample.float()), int(self.places(timestep)[0]) + self.skipped
         m = self._state(model_output.float())
@@ -187,7 +206,43 @@ class StudentScheduler(DDIMScheduler):
 
         pred = (with_analytic_first_step(network, s.schedule) if s.analytic_first_step else network)(x, t)
         history = SolverHistory(x / s.schedule.start_std) if self.history is None else self.history
-        landed, done = step(s.solver, s.schedule, pred, t, t_next, history, s.correct)
+        patch, source = 0 if s.correct is not None else s.patch, self.generator if generator is None else generator
+        solver = replace(s.solver, noise=lambda like: noise_like(like, patch, source))
+        landed, done = step(solver, s.schedule, pred, t, t_next, history, s.correct)
         self.history = SolverHistory(history.noise, (done, *history.steps))
         landed = (pack(landed, s.patch) if landed.ndim > sample.ndim else landed).to(sample.dtype)
         return DDIMSchedulerOutput(landed, done.used.x0) if return_dict else (landed,)
+
+
+class SeededFlowScheduler(FlowMatchEulerDiscreteScheduler):
+    """Flow's stochastic scheduler with noise from a call's generators.
+
+    The stock scheduler takes its noise from torch's own generator: pipelines hand it no other. Its step is taken with
+    known noise, in whose place this noise is put. Make one with `of`.
+    """
+
+    generator: Generators = None
+    patch: int = 0
+
+    @staticmethod
+    def of(config: Mapping[str, Any], generator: Generators, patch: int) -> "SeededFlowScheduler":
+        """Return a scheduler of this `config`.
+
+        The pipeline hands over tokens of `patch`, or states for 0.
+        """
+        scheduler = SeededFlowScheduler.from_config(dict(config))
+        scheduler.generator, scheduler.patch = generator, patch
+        return scheduler
+
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **options: Any) -> Any:
+        """Take one step. Returns what the stock scheduler returns."""
+        with torch.random.fork_rng(devices=[sample.device] if sample.device.type == "cuda" else []):
+            torch.manual_seed(0)
+            found = super().step(model_output, timestep, sample, *args, **options)
+            torch.manual_seed(0)
+            known = randn_tensor(sample.shape, device=sample.device)
+        change = self.sigmas[self.step_index].to(sample.device) * (
+            noise_like(known, self.patch, self.generator) - known
+        )
+        landed = (found[0].float() + change).to(found[0].dtype)
+        return type(found)(landed) if not isinstance(found, tuple) else (landed, *found[1:])

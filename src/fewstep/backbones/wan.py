@@ -4,7 +4,7 @@ Times are shifted, and the text has 512 tokens.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,26 +15,34 @@ from torch import Tensor, nn
 from .base import Cond
 from .experts import Experts, joined
 from .family import ComfyParts, Family
+from .layouts import Layout
 from .parts import SizedVideo, on, single_output, transformer_features
 from .settings import flow
 from .sizes import VideoSize, call_options
 
 TOKENS = 512  # of a text; what is behind its end are zeros, which the network sees
-ORIGINAL = {  # diffusers' names of layers, or the ends of those in blocks, and those of the original program
-    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
-    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-    "condition_embedder.time_proj": "time_projection.1",
-    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
-    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
-    "patch_embedding": "patch_embedding",
-    "proj_out": "head.head",
-    "ffn.net.0.proj": "ffn.0",
-    "ffn.net.2": "ffn.2",
-} | {
-    f"{ours}.{layer}": f"{theirs}.{name}"
-    for ours, theirs in (("attn1", "self_attn"), ("attn2", "cross_attn"))
-    for layer, name in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o"))
-}
+LAYOUT = Layout(  # of the original program
+    outside={
+        "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+        "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+        "condition_embedder.time_proj": "time_projection.1",
+        "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+        "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+        "patch_embedding": "patch_embedding",
+        "proj_out": "head.head",
+    },
+    blocks={
+        "blocks": (
+            "blocks",
+            {
+                f"{ours}.{layer}": f"{theirs}.{name}"
+                for ours, theirs in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+                for layer, name in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o"))
+            }
+            | {"ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2"},
+        )
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -130,18 +138,6 @@ def usual_size(pipe: WanPipeline) -> VideoSize:
     return VideoSize(*map(min, usual, largest(pipe)))
 
 
-def original_names(network: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield (diffusers' name, original name) of every layer that has both.
-
-    For one network, not for a pair.
-    """
-    for name, _ in network.named_modules():
-        kind, *rest = name.split(".", 2)
-        block = kind == "blocks" and len(rest) == 2
-        if (original := ORIGINAL.get(rest[1] if block else name)) is not None:
-            yield name, f"blocks.{rest[0]}.{original}" if block else original
-
-
 def _call_options(pipe: Any) -> Mapping[str, int]:
     return call_options(str(usual_size(pipe)))
 
@@ -163,6 +159,7 @@ FAMILY = Family(
     told_by="",
     video=True,
     call_options=_call_options,
-    original_names=original_names,
+    original_names=LAYOUT.names,
+    writes_original=True,
     comfyui_parts=_comfyui_parts,
 )

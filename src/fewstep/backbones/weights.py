@@ -15,6 +15,7 @@ from diffusers import ModelMixin
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..core.indices import evenly_spaced
 from ..reading import json_in, reading, reason
 from ..tensors import finite
 
@@ -271,5 +272,5 @@ def mark(tensor: Tensor, dtype: torch.dtype) -> Mark:
     Two tensors that were made independently have different marks.
     """
     flat = tensor.detach().reshape(-1)
-    places = torch.linspace(0, len(flat) - 1, min(SAMPLED, len(flat))).long()
-    return dtype, len(flat), tuple(flat[places.to(flat.device)].to(dtype).to(torch.float64).tolist())
+    places = torch.tensor(evenly_spaced(len(flat), SAMPLED), device=flat.device, dtype=torch.long)
+    return dtype, len(flat), tuple(flat[places].to(dtype).to(torch.float64).tolist())

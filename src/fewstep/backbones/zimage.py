@@ -14,8 +14,22 @@ from transformers import Qwen3Model
 from .base import Cond
 from .family import ComfyParts, Family
 from .flow_transformer import TEXT, FlowTransformer, lengths
+from .layouts import Layout
 from .parts import on, single_output, transformer_features
 from .settings import require_channels, require_flow, same
+
+BLOCK = {  # layers that the original code names otherwise; queries, keys and values are one layer in it
+    "attention.to_q": "attention.qkv", "attention.to_k": "attention.qkv", "attention.to_v": "attention.qkv",
+    "attention.to_out.0": "attention.out",
+}  # fmt: skip
+LAYOUT = Layout(
+    outside={
+        "all_x_embedder.2-1": "x_embedder",
+        "all_final_layer.2-1.linear": "final_layer.linear",
+        "all_final_layer.2-1.adaLN_modulation.1": "final_layer.adaLN_modulation.1",
+    },
+    blocks={name: (name, BLOCK) for name in ("layers", "noise_refiner", "context_refiner")},
+)
 
 
 @dataclass(frozen=True)
@@ -85,6 +99,7 @@ FAMILY = Family(
     guidance=lambda scale, count: {"guidance_scale": scale - 1},  # cond + g (cond - null)
     kinds={"text_encoder": Qwen3Model},
     check=check,
+    original_names=LAYOUT.names,
     comfyui_parts=lambda pipe: ComfyParts(
         "EmptySD3LatentImage", "qwen_3_4b.safetensors", "lumina2", "ae.safetensors", shift=""
     ),

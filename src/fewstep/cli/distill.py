@@ -538,7 +538,8 @@ def print_dry_run(recipe: DistillRecipe, run: Path) -> None:
     """
     initial_folder(recipe)
     require_loadable(recipe.teacher)
-    teacher, plans = plans_of(recipe)
+    plans = plans_of(recipe)
+    teacher = plans[0].hollow.teacher
     check_initial(recipe, teacher)
     check_measures(recipe, teacher)
     prompts = list(training_split(recipe, teacher).trained)

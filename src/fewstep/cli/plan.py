@@ -79,14 +79,26 @@ class Surroundings:
 
 
 @dataclass(frozen=True)
+class Hollow:
+    """A teacher of fake (meta) tensors, with what its plans share.
+
+    `texts` are two prompts of as many tokens as the networks take.
+    """
+
+    teacher: Backbone
+    texts: Embeddings
+    costs: Costs = field(default_factory=Costs)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a recipe needs in memory, on each of some cards."""
 
     recipe: DistillRecipe
     around: Surroundings
     training: Training
+    hollow: Hollow = field(compare=False, repr=False)
     cards: int = 1
-    costs: Costs = field(default_factory=Costs, compare=False)  # for further plans of the same teacher
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -148,7 +160,7 @@ def run_plan(
     recipe = read_recipe(source, overrides, DistillRecipe, given)
     note_shadowed(recipe.teacher)
     usable = None if memory is None else usable_bytes(memory)
-    teacher, plans = plans_of(recipe, cards)
+    plans = plans_of(recipe, cards)
     for made in plans:
         show(made)
     if memory is None or usable is None:
@@ -159,7 +171,7 @@ def run_plan(
     )
     sets: list[str] = []
     for made, prefix in zip(plans, ("warm_start.", "") if len(plans) > 1 else ("",), strict=True):
-        own, needed = fit(made, teacher, usable, prefix)
+        own, needed = fit(made, usable, prefix)
         sets += [s for s in own if s not in sets]
         console.print(f"{made.recipe.name}: {size(needed)}, {'with the settings below' if own else 'as it is'}")
         for phase in made.around.encoders:
@@ -175,17 +187,16 @@ def run_plan(
         console.print(f"  {quoted('fewstep', 'distill', source, *options)}")
 
 
-def plans_of(recipe: DistillRecipe, cards: int = 1) -> tuple[Backbone, list[Plan]]:
-    """Return the recipe's teacher and the plan of each stage.
+def plans_of(recipe: DistillRecipe, cards: int = 1) -> list[Plan]:
+    """Return the plan of each stage of a recipe.
 
-    The plan is of each of `cards`. The teacher has fake (meta) tensors. Raises ValueError for networks that
-    cannot be called as their configuration says.
+    The plan is of each of `cards`. Raises ValueError for networks that cannot be called as their configuration says.
     """
     teacher = meta_of(recipe)
     stages = [recipe] if recipe.warm_start is None else [first_stage(recipe), recipe]
-    costs = Costs()
     try:
-        return teacher, [plan_of(stage, teacher, around_training(stage, teacher), cards, costs) for stage in stages]
+        hollow = hollow_of(recipe, teacher)
+        return [plan_of(stage, hollow, around_training(stage, hollow), cards) for stage in stages]
     # These come from networks that do not fit their configuration.
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ZeroDivisionError) as error:
         raise ValueError(
@@ -204,7 +215,7 @@ def meta_of(recipe: DistillRecipe) -> Backbone:
     return teacher
 
 
-def fit(made: Plan, teacher: Backbone, usable: int, prefix: str) -> tuple[list[str], int]:
+def fit(made: Plan, usable: int, prefix: str) -> tuple[list[str], int]:
     """Return settings of a stage that fit, and the bytes needed.
 
     The settings are the fastest of those with the same result; where there are none, those that round the
@@ -212,14 +223,13 @@ def fit(made: Plan, teacher: Backbone, usable: int, prefix: str) -> tuple[list[s
     """
     if made.least <= usable:
         return [], made.least
-    found, needed = fastest(made, teacher, usable, prefix)
-    known = {made.recipe.roles.quantize: (teacher, made.costs)}
-    for sets, recipe in roundings(made.recipe, teacher, prefix) if found is None else ():
+    found, needed = fastest(made, usable, prefix)
+    known = {made.recipe.roles.quantize: made.hollow}
+    for sets, recipe in roundings(made.recipe, made.hollow.teacher, prefix) if found is None else ():
         if (base := recipe.roles.quantize) not in known:
-            known[base] = meta_of(recipe), Costs()
-        hollow, costs = known[base]
-        rounded = plan_of(recipe, hollow, made.around, made.cards, costs)
-        ways, needed = ([], rounded.least) if rounded.least <= usable else fastest(rounded, hollow, usable, prefix)
+            known[base] = hollow_of(recipe, meta_of(recipe))
+        rounded = plan_of(recipe, known[base], made.around, made.cards)
+        ways, needed = ([], rounded.least) if rounded.least <= usable else fastest(rounded, usable, prefix)
         if ways is not None:
             return [*sets, *ways], needed
     if found is not None:
@@ -232,7 +242,7 @@ def fit(made: Plan, teacher: Backbone, usable: int, prefix: str) -> tuple[list[s
     )
 
 
-def fastest(made: Plan, teacher: Backbone, usable: int, prefix: str) -> tuple[list[str] | None, int]:
+def fastest(made: Plan, usable: int, prefix: str) -> tuple[list[str] | None, int]:
     """Return the fastest settings with the same result that fit.
 
     The settings are None where none fit. The second value is the bytes of these settings, or the least that
@@ -245,7 +255,7 @@ def fastest(made: Plan, teacher: Backbone, usable: int, prefix: str) -> tuple[li
         while ways and first <= last:
             middle = last if fitting is None else (first + last) // 2
             sets, recipe = ways[middle]
-            needed = plan_of(recipe, teacher, made.around, made.cards, made.costs).least
+            needed = plan_of(recipe, made.hollow, made.around, made.cards).least
             if needed <= usable:
                 fitting, last = (sets, needed), middle - 1
             elif fitting is None:
@@ -310,35 +320,42 @@ def savings(recipe: DistillRecipe, prefix: str) -> list[list[tuple[list[str], Di
     return [[way(k, False) for k in few], [way(k, True) for k in parts]]
 
 
-def around_training(recipe: DistillRecipe, teacher: Backbone) -> Surroundings:
+def hollow_of(recipe: DistillRecipe, teacher: Backbone) -> Hollow:
+    """Return a teacher of fake (meta) tensors with its longest prompts."""
+    return Hollow(teacher, longest_texts(at_size(teacher, recipe.size)))
+
+
+def around_training(recipe: DistillRecipe, hollow: Hollow) -> Surroundings:
     """Measure the memory before and next to the training."""
-    sized = at_size(teacher, recipe.size)
+    sized, known = at_size(hollow.teacher, recipe.size), hollow.costs.operations
     assert isinstance(sized, DiffusersBackbone)
     encoders = {n: m for n, m in sized.pipe.components.items() if any(m is e for e in sized.encoders)}
     idle = [n for n in networks(sized.pipe) if n is not sized.module and n not in sized.encoders]
     texts = [LONGEST] * at_once(sized.encoders)
-    alone = calls_alone(lambda: sized.encode(texts), list(encoders.values())) if encoders else []
+    alone = calls_alone(lambda: sized.encode(texts), list(encoders.values()), known) if encoders else []
+    images = torch.zeros(shown_images(recipe), *sized.shape)
     return Surroundings(
         tuple(Phase(f"encoding prompts: {n} alone", b) for n, b in zip(encoders, alone, strict=True)),
         sum(module_bytes(n) for n in idle),
-        peak_bytes(lambda: sized.decode(torch.zeros(shown_images(recipe), *sized.shape)), *idle),
+        peak_bytes(lambda: sized.decode(images), *idle, known=known),
     )
 
 
-def plan_of(
-    recipe: DistillRecipe, teacher: Backbone, around: Surroundings, cards: int = 1, costs: Costs | None = None
-) -> Plan:
-    """Return the plan of one training.
-
-    `costs` are those of earlier plans of the same teacher.
-    """
-    sized, method = at_size(teacher, recipe.size), recipe.method
-    data = longest_texts(sized)
-    times, known = trajectory_times(method, sized), Costs() if costs is None else costs
+def plan_of(recipe: DistillRecipe, hollow: Hollow, around: Surroundings, cards: int = 1) -> Plan:
+    """Return the plan of one training."""
+    sized, method = at_size(hollow.teacher, recipe.size), recipe.method
+    times = trajectory_times(method, sized)
     counted = training_bytes(
-        sized, lambda: roles_for(sized, method, recipe.roles), method, times, recipe.train, data, cards, known=known
+        sized,
+        lambda: roles_for(sized, method, recipe.roles),
+        method,
+        times,
+        recipe.train,
+        hollow.texts,
+        cards,
+        known=hollow.costs,
     )
-    return Plan(recipe, around, counted, cards, known)
+    return Plan(recipe, around, counted, hollow, cards)
 
 
 def longest_texts(backbone: Backbone) -> Embeddings:

@@ -21,6 +21,7 @@ from ..backbones.base import Backbone, Cond
 from ..backbones.encoders import at_once
 from ..backbones.modules import dtype_of
 from ..backbones.parts import SizeConditioned
+from ..core.indices import evenly_spaced
 from ..processes import any_rank, barrier, this_process
 from ..transfer import all_sent
 from .packed import Packed, pack, packed, packed_bytes
@@ -169,9 +170,17 @@ class Embeddings:
         self.key = key  # a hash of the encoder's identity and the prompts
         self.encoded = encoded  # prompts that were encoded this time; 0 if the cache was used
 
+    def choose(self, batch: int, rng: torch.Generator, group: int = 1) -> Tensor:
+        """Draw the indices [batch] of random prompts, on the CPU.
+
+        `group` neighbours have one prompt.
+        """
+        drawn = torch.randint(self.count, (batch // group,), generator=rng, device=rng.device).cpu()
+        return drawn if group == 1 else drawn.repeat_interleave(group)
+
     def draw(self, batch: int, rng: torch.Generator, device: torch.device) -> Cond:
         """Draw the conditions of `batch` random prompts."""
-        return self.at(torch.randint(self.count, (batch,), generator=rng, device=rng.device).cpu(), device)
+        return self.at(self.choose(batch, rng), device)
 
     def at(self, index: slice | Tensor, device: torch.device) -> Cond:
         """Return the conditions of some prompts."""
@@ -369,7 +378,7 @@ def embedding_bytes(backbone: Backbone, prompts: Sequence[str]) -> int:
 
     With fake (meta) tensors, which have no padding to be told, the bytes at most.
     """
-    few = [prompts[i] for i in torch.linspace(0, len(prompts) - 1, min(FEW, len(prompts))).long().tolist()]
+    few = [prompts[i] for i in evenly_spaced(len(prompts), FEW)]
     encoded = Encoding(backbone, few, "", len(few)).encode(few)
     hollow = any(isinstance(v, FakeTensor) for v in encoded.values())
     taken = sum(v.nbytes for v in encoded.values()) if hollow else packed_bytes(encoded)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..atomic import write_tensors
+from ..core.indices import evenly_spaced
 from ..reading import reading, require_regular
 from ..tensors import finite
 from .alignment import BINS, colour_histogram
@@ -182,7 +183,7 @@ def _stills(images: Tensor) -> Tensor:
     """
     if images.ndim == 4:
         return images[:, None]
-    return images[:, torch.linspace(0, images.shape[1] - 1, min(FRAMES, images.shape[1])).round().long()]
+    return images[:, evenly_spaced(images.shape[1], FRAMES)]
 
 
 def measure(

@@ -24,18 +24,20 @@ from ..core.guidance import Guidance
 from ..core.prediction import Row
 from ..core.rollout import segment_starts
 from ..core.schedule import Schedule, diffuse, expand, transition
-from ..core.solvers import SOLVERS, solver_named, step
+from ..core.solvers import SOLVERS, sample, solver_named, step
 from ..core.weighting import WEIGHTINGS
 from ..objectives.adversarial import GAN_LOSSES, gradient_penalty
 from ..objectives.denoising import denoising, transition_target
 from ..objectives.divergences import DIVERGENCES
 from ..objectives.matched_state import MatchedState
 from ..objectives.regression import REGRESSION_LOSSES
-from ..objectives.reverse_kl import SURROGATE_LOSSES
-from ..roles.roles import Role, Roles
+from ..objectives.reverse_kl import SURROGATE_LOSSES, dmd_normaliser, l2
+from ..objectives.rewards import advantages, group_preference
+from ..roles.roles import SURROGATE, Role, Roles
 from ..transfer import sent
 from ..words import speaks_python
 from .method import (
+    MOST_BATCH,
     MOST_STEPS,
     Loss,
     Method,
@@ -162,6 +164,35 @@ class GanConfig:
 
 @speaks_python("method")
 @dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """A reward beside matching, which the student is to raise.
+
+    Raises ValueError for invalid settings.
+    """
+
+    weight: Annotated[float, WEIGHT] = 0.0
+    """Weight of the reward."""
+
+    scorer: str = ""
+    """What is rewarded: brightness, contrast, saturation, sharpness, or a metric of `fewstep evaluate --metrics` that
+    scores images; in Python any function."""
+
+    by: Literal["gradient", "preference"] = "gradient"
+    """Learn by the reward's own gradient, through the one step of the loss; or by preference among the images of a
+    prompt, which a third network learns (TDM-R1, arXiv 2603.07700): for rewards without a gradient."""
+
+    group: Annotated[int, Range(2, MOST_BATCH)] = 8
+    """Images of a prompt that are compared, neighbours in a batch."""
+
+    strength: Annotated[float, POSITIVE] = 100.0
+    """Factor beta of a preference: the larger, the nearer the third network stays to the teacher."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "method.reward")
+
+
+@speaks_python("method")
+@dataclass(frozen=True, kw_only=True)
 class DistributionMatching(Method):
     """Settings of distribution matching; the defaults are TDM's.
 
@@ -198,6 +229,9 @@ class DistributionMatching(Method):
     gan: GanConfig = GanConfig()
     """Adversarial term on real images."""
 
+    reward: RewardConfig = RewardConfig()
+    """Reward beside matching."""
+
     regression_weight: Annotated[float, WEIGHT] = 0.0
     """Weight of the regression on the teacher's trajectories (DMD, arXiv 2311.18828, eq. 9), from whose noise students
     then start."""
@@ -222,6 +256,7 @@ class DistributionMatching(Method):
                 f"method.regression_weight: got a weight with method.solver={self.solver}, whose states are random; "
                 "set it to 0, or the solver to ddim"
             )
+        self._check_reward(stochastic)
         if self.random_times and (self.regression_weight or self.shift != 1):
             other = "regression_weight" if self.regression_weight else "shift"
             raise ValueError(
@@ -249,6 +284,27 @@ class DistributionMatching(Method):
         if self.name == "tdm":  # the default name: settings of another preset get that preset's name
             object.__setattr__(self, "name", self._own_name())
         require_name(self)
+
+    def _check_reward(self, stochastic: bool) -> None:
+        if not self.reward.weight:
+            return
+        if self.regression_weight:
+            raise ValueError(
+                f"method.reward.weight: got {self.reward.weight} with method.regression_weight="
+                f"{self.regression_weight}, whose prompts are those of the trajectories; set one of them to 0"
+            )
+        if self.reward.by == "gradient":
+            return
+        for option, got, wanted, why in (
+            ("solver", self.solver if stochastic else "", "ddim", "states that do not determine the image"),
+            ("match.state", self.match.state, "noisy", "states that are not those of the trajectory"),
+            ("match.divergence", self.match.divergence, "reverse-kl", "scores that are not a sum of terms"),
+        ):
+            if got not in ("", wanted):
+                raise ValueError(
+                    f"method.reward.by: got preference with method.{option}={got}, which has {why}; "
+                    f"set it to gradient, or {option.rpartition('.')[2]} to {wanted}"
+                )
 
     def _own_name(self) -> str:
         stochastic = SOLVERS[self.solver].stochastic
@@ -294,7 +350,17 @@ class DistributionMatching(Method):
             images=adversarial,
             trajectories=self.regression_weight > 0,
             length=bool(self.ladder),
+            reward=self.reward.weight > 0,
+            surrogate=self._prefers,
         )
+
+    @property
+    def _prefers(self) -> bool:
+        return self.reward.weight > 0 and self.reward.by == "preference"
+
+    @property
+    def group(self) -> int:
+        return self.reward.group if self._prefers else 1
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -307,12 +373,15 @@ class DistributionMatching(Method):
             "fake_loss",
             *adversarial,
             *(("regression_loss",) if self.regression_weight else ()),
+            *(("reward",) if self.reward.weight else ()),
+            *(("surrogate_loss",) if self._prefers else ()),
             *gaps,
         )
 
     @property
     def updated(self) -> tuple[Role, ...]:
-        return ("student", "fake", *(("discriminator",) if self.gan.weight else ()))
+        surrogate, judge = self._prefers, self.gan.weight > 0
+        return ("student", "fake", *((SURROGATE,) if surrogate else ()), *(("discriminator",) if judge else ()))
 
     @property
     def separate(self) -> bool:
@@ -538,6 +607,8 @@ def matching_losses(method: DistributionMatching, roles: Roles, batch: TrainBatc
 
     for _ in range(method.fake.updates if warming_up or not shared else method.fake.updates - 1):
         yield update_fake(drawn(with_gradient=False))
+    if method.needs.surrogate:
+        yield surrogate_loss(method, roles, batch, steps)
     if warming_up:
         return
     d = drawn(with_gradient=True)
@@ -558,6 +629,9 @@ def matching_losses(method: DistributionMatching, roles: Roles, batch: TrainBatc
     metrics = {"student_loss": value.detach(), **_gaps(method, d, f_fake, f_teacher)}
     if apart:
         value = value + method.match.guidance_weight * guidance_loss(method, roles, d, batch.null, rng)
+    if method.reward.weight:
+        term, logged = reward_term(method, roles, d, batch)
+        value, metrics = value + method.reward.weight * term, metrics | logged
     if one_pass:
         loss = fake_loss(method, schedule, row, d, f_fake)
         yield Loss("fake", loss, {"fake_loss": loss.detach()}, together=not method.gan.weight)
@@ -574,6 +648,76 @@ def matching_losses(method: DistributionMatching, roles: Roles, batch: TrainBatc
             metrics | {"regression_loss": regression.detach()},
         )
     yield Loss("student", value, metrics)
+
+
+def scores_of(roles: Roles, x0: Tensor, prompts: tuple[str, ...]) -> Tensor:
+    """Return the rewards [B] of clean states, in single precision.
+
+    Raises ValueError for a reward of another shape.
+    """
+    assert roles.reward is not None
+    found = roles.reward(roles.backbone.decode(x0), prompts)
+    if found.shape != (len(x0),):
+        raise ValueError(f"reward: got a tensor {list(found.shape)} for {len(x0)} images, allowed is one number each")
+    return found.to(x0.device).float()
+
+
+def surrogate_loss(method: DistributionMatching, roles: Roles, batch: TrainBatch, steps: int) -> Loss:
+    """Return the update of the network that learns a reward from preferences.
+
+    The student draws whole images, and their scores make the preferences. Each group has a segment, a tau and a noise
+    of its own; the states where its trajectories land are diffused there, and denoising errors are those of the
+    transition's exact target.
+
+    Source: TDM-R1, arXiv 2603.07700.
+    """
+    schedule, group, rng = roles.backbone.schedule, method.reward.group, batch.rng
+
+    def noise(count: int) -> Tensor:
+        return torch.randn((count, *roles.backbone.shape), generator=rng, device=rng.device)
+
+    x, groups = noise(batch.batch) * schedule.start_std, batch.batch // group
+    times = timegrid.random(schedule, steps, batch.host_rng) if method.random_times else method.times(schedule, steps)
+    with torch.no_grad():
+        student = student_of(method, roles, batch.cond, steps)
+        states = [s.x for s in sample(student, schedule, x, times, solver_named(method.solver), roles.head)]
+        rewards = scores_of(roles, states[-1], batch.prompts)
+    segment = timegrid.draw_segments(groups, steps, batch.host_rng).cpu()
+    high, landing = sent(torch.stack([times[segment], times[segment + 1]]), x.device)
+    tau = _draw_tau(method.match, schedule, landing, high, rng)
+    landed = torch.cat([states[int(k) + 1][i * group : (i + 1) * group] for i, k in enumerate(segment)])
+    landing, tau, e = (v.repeat_interleave(group, 0) for v in (landing, tau, noise(groups)))
+    r, beta = transition(schedule, landing, tau)
+    x_tau = expand(r, x) * landed + expand(beta, x) * e
+    goal, precision = transition_target(schedule, landed, e, landing, tau)
+    weight = precision * WEIGHTINGS[method.fake.weight](schedule, roles.backbone.row, tau, method.fake.snr_clip)
+    with torch.no_grad():
+        f_teacher = roles.teacher(batch.cond, batch.null, Guidance())(x_tau, tau).x0
+    f_surrogate = roles.denoise(SURROGATE, batch.cond, steps)(x_tau, tau).x0
+    errors, reference = (denoising(f, goal, weight) for f in (f_surrogate, f_teacher))
+    loss = group_preference(errors, reference, advantages(rewards, group), group, method.reward.strength).mean()
+    return Loss(SURROGATE, loss, {"surrogate_loss": loss.detach(), "reward": rewards.mean()})
+
+
+def reward_term(
+    method: DistributionMatching, roles: Roles, d: NoisedSample, batch: TrainBatch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the reward's part of the student's loss, before its weight, and what to log.
+
+    By gradient it is minus the reward of the clean estimate that the step makes. By preference it pulls the matched
+    state along `f_surrogate - f_phi` at x_tau, over DMD's normaliser: a surrogate that has learnt little pulls little.
+    """
+    if not method.needs.surrogate:
+        rewards = scores_of(roles, d.x0, batch.prompts)
+        if not rewards.requires_grad:
+            raise ValueError(
+                "method.reward.by: got gradient, but this reward has none; set method.reward.by=preference"
+            )
+        return -rewards.mean(), {"reward": rewards.mean().detach()}
+    with torch.no_grad():
+        f_teacher = roles.teacher(d.cond, batch.null, Guidance())(d.x_tau, d.tau).x0
+        f_surrogate = roles.denoise(SURROGATE, d.cond, d.steps)(d.x_tau, d.tau).x0
+    return l2(d.x_m, f_teacher - f_surrogate, dmd_normaliser(d.x0, f_surrogate)).mean(), {}
 
 
 def regression_loss(method: DistributionMatching, schedule: Schedule, d: NoisedSample, walk: TrajectoryBatch) -> Tensor:

@@ -20,6 +20,7 @@ from ..core.solvers import SOLVERS, Denoise, with_analytic_first_step
 from ..roles.roles import Role, Roles
 
 MOST_STEPS = 1000  # as many times as teachers are trained with
+MOST_BATCH = 65_536
 
 
 class RealBatch(NamedTuple):
@@ -58,6 +59,7 @@ class TrainBatch(NamedTuple):
     # K of this iteration, the same for all batches and processes; None: the method draws K.
     steps: int | None = None
     host: torch.Generator | None = None  # on the CPU, for numbers that the CPU needs; None: `rng`
+    prompts: tuple[str, ...] = ()  # those of `cond`, for methods with a reward
 
     @property
     def host_rng(self) -> torch.Generator:
@@ -88,6 +90,8 @@ class Needs(NamedTuple):
     images: bool = False  # clean states, of real images or of the teacher's samples
     trajectories: bool = False  # trajectories of the teacher
     length: bool = False  # a known number of iterations, because an iteration depends on the number
+    reward: bool = False  # a reward of images
+    surrogate: bool = False  # a network that learns the reward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +168,11 @@ class Method(ABC):
     def condition_on(self) -> Literal["steps", "guidance"]:
         """The meaning of `condition_values`."""
         return "steps"
+
+    @property
+    def group(self) -> int:
+        """How many neighbours in a batch have one prompt."""
+        return 1
 
     @property
     def separate(self) -> bool:

@@ -20,13 +20,15 @@ MEANING = {
     "regression_loss": (
         "how far the student lands from the teacher's trajectories, before its weight (regression_weight)"
     ),
+    "reward": "mean reward of the student's images (reward): of their clean estimates, or of whole samples",
+    "surrogate_loss": "of the network that learns a reward from preferences; below its start, ln 2 / strength, it has",
     "absorb_loss": "how far the student lands from where its head took it, while the head is absorbed",
     "gap_K": (
         "rms difference of the teacher's and the fake score's clean estimates in segment K, 0 at pure noise; "
         "grows first when a run goes wrong"
     ),
     "gap_N_K": "the same for a student of several step counts, in N steps",
-    "student_grad, fake_grad, discriminator_grad": (
+    "student_grad, fake_grad, reward_grad, discriminator_grad": (
         "gradient norms before clipping, of the last update of the iteration"
     ),
 }

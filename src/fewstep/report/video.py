@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..atomic import replacing
+from ..core.indices import evenly_spaced
 
 FPS = 8  # where the model has no rate of its own
 
@@ -21,9 +22,8 @@ def strip(images: Tensor, frames: int = 5) -> Tensor:
     """
     if images.ndim < 5:
         return images
-    count = images.shape[-4]
-    chosen = torch.linspace(0, count - 1, min(frames, count)).round().long()
-    return torch.cat(images.index_select(-4, chosen.to(images.device)).unbind(-4), -1)
+    chosen = evenly_spaced(images.shape[-4], frames)
+    return torch.cat([images.select(-4, i) for i in chosen], -1)
 
 
 def write_mp4(path: Path, video: Tensor, fps: int = FPS) -> Path:

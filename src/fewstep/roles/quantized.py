@@ -7,11 +7,13 @@ codes and scales of the weights are stored.
 """
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any, Literal, TypeGuard, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.grad import conv2d_input
 
 from ..backbones.base import Backbone
@@ -59,12 +61,25 @@ class QuantizedWeight(nn.Module):
             codes = 16 * nearest[:, ::2] + nearest[:, 1::2]
             pairs = torch.cartesian_prod(levels, levels).to(scale)  # byte -> two levels
         self.shape = weight.shape
+        # PEFT looks at a weight eleven times, and decoding fake tensors takes long.
+        self.hollow = weight.detach() if isinstance(weight, FakeTensor) else None
         for name, tensor in (("codes", codes), ("scale", scale), ("pairs", pairs)):
             self.register_buffer(name, tensor)
 
     def forward(self) -> Tensor:
         blocks = self.codes if self.pairs is None else F.embedding(self.codes.int(), self.pairs).flatten(1)
         return (blocks * self.scale).view(self.shape)
+
+    def like(self, weight: FakeTensor) -> "QuantizedWeight":
+        """Return the same of another fake (meta) weight of this shape."""
+        made = copy(self)
+        made._buffers = {name: t if t is None else torch.empty_like(t) for name, t in self._buffers.items()}
+        made.hollow = weight.detach()
+        return made
+
+    def inspected(self) -> Tensor:
+        """Return the decoded weight; a fake (meta) one as it was."""
+        return self() if self.hollow is None else self.hollow
 
 
 class DequantizeMatmul(torch.autograd.Function):
@@ -107,7 +122,7 @@ class QuantisedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        return self.packed()
+        return self.packed.inspected()
 
     def forward(self, x: Tensor) -> Tensor:
         return DequantizeMatmul.apply(
@@ -133,7 +148,7 @@ class QuantisedConv2d(nn.Conv2d):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        return self.packed()
+        return self.packed.inspected()
 
     def forward(self, x: Tensor) -> Tensor:
         def back(shape: Sequence[int], g: Tensor, w: Tensor) -> Tensor:
@@ -162,8 +177,15 @@ def quantize(backbone: Backbone, kind: Kind | None) -> None:
         raise ValueError(
             f"roles.quantize: got {kind}, this network has no layer of more than {NARROW} channels; set it to null"
         )
+    hollow = dict[object, QuantizedWeight]()
     for layer in layers:
-        packed = QuantizedWeight(layer.weight, kind)
+        weight = layer.weight
+        if isinstance(weight, FakeTensor):
+            if (shape := (weight.shape, weight.dtype)) not in hollow:
+                hollow[shape] = QuantizedWeight(weight, kind)
+            packed = hollow[shape].like(weight)
+        else:
+            packed = QuantizedWeight(weight, kind)
         del layer.weight
         layer.packed = packed
         # Change the layer's class in place, as torch's own parametrisations do: hooks and settings stay.

@@ -4,7 +4,7 @@ The roles are adapters of one frozen network, or three networks.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -29,8 +29,9 @@ from .discriminator import Discriminator, make_discriminator
 from .quantized import Kind, quantize, weight_count
 from .step_condition import StepCondition
 
-Role = Literal["teacher", "student", "fake", "discriminator"]
+Role = Literal["teacher", "student", "fake", "reward", "discriminator"]
 TRAINED: tuple[Role, ...] = ("student", "fake")
+SURROGATE: Role = "reward"
 HEAD = "head."  # prefix of the head's parameter names
 LARGEST_RANK = 4096
 LARGE = 0.5  # share of a network's weights
@@ -115,7 +116,8 @@ class Roles:
 
     backbone: Backbone
     networks: Mapping[Role, nn.Module]
-    trained: dict[Role, Mapping[str, nn.Parameter]]  # student, fake and, with a GAN, discriminator -> name -> parameter
+    # student, fake and, where there is one, a reward's surrogate and a discriminator -> name -> parameter
+    trained: dict[Role, Mapping[str, nn.Parameter]]
     layers: tuple[LoraLayer, ...]  # empty for full copies
     config: RolesConfig
     average: dict[str, Tensor] = field(default_factory=dict)  # EMA of the student, by parameter name
@@ -123,6 +125,8 @@ class Roles:
     condition_values: tuple[float, ...] = ()
     conditions: Mapping[Role, StepCondition] = field(default_factory=dict)
     discriminator: Discriminator | None = None
+    # The score of images [B, 3, H, W] in [0, 1] and prompts that the student is to raise: [B].
+    reward: Callable[[Tensor, Sequence[str]], Tensor] | None = None
     head: nn.Module | None = None  # a `core.solvers.Correction` that is trained as part of the student
     head_to_absorb: nn.Module | None = None  # a head that the student starts with and learns to do without
     # Guidance scale that networks with embedded guidance are given; None: the one in their conditions.
@@ -397,6 +401,7 @@ def make_roles(
     fake: bool = True,
     head_to_absorb: nn.Module | None = None,
     on_meta: bool = False,
+    surrogate: bool = False,
 ) -> Roles:
     """Return a student and a `fake` score that equal the teacher.
 
@@ -405,7 +410,7 @@ def make_roles(
 
     `gan_step_counts` makes a discriminator of students of these step counts. `head` becomes part of the
     student; without LoRA (rank 0) the head is all that is trained. `head_to_absorb`, a head that the student
-    learns to do without, stays unchanged.
+    learns to do without, stays unchanged. A `surrogate` of a reward equals the teacher, too.
 
     Shared: the backbone's own module gets two adapters without effect, and the base weights stay frozen.
     Adapters of an earlier run on the same backbone are removed, and `config.quantize` quantizes the base
@@ -414,11 +419,11 @@ def make_roles(
 
     Raises ValueError if there is nothing to train, or for copies of half-precision weights.
     """
-    adapters.remove_adapters(backbone.module, TRAINED)
+    adapters.remove_adapters(backbone.module, (*TRAINED, SURROGATE))
     quantize(backbone, config.quantize)
     set_checkpointing(backbone.module, None)
     base = backbone.module.requires_grad_(False).eval()
-    made: tuple[Role, ...] = TRAINED if fake else ("student",)
+    made: tuple[Role, ...] = (*(TRAINED if fake else TRAINED[:1]), *((SURROGATE,) if surrogate else ()))
     if config.lora and not config.rank and (fake or head is None):
         raise ValueError("roles.rank: got 0, which trains a head alone; choose a rank from 1, e.g. 32")
     if condition_values:

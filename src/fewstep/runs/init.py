@@ -55,8 +55,9 @@ def roles_for(
             "leave it out, and train for one scale"
         )
     roles = make_roles(
-        teacher, config, seed, values, gan_step_counts, kept, method.needs.fake, to_absorb, on_meta=on_meta
-    )
+        teacher, config, seed, values, gan_step_counts, kept, method.needs.fake, to_absorb, on_meta,
+        method.needs.surrogate,
+    )  # fmt: skip
     roles = replace(roles, embedded_guidance=method.guidance.scale)
     if init_from is not None and is_foreign(init_from):
         say(foreign.initialize(roles, init_from))

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Protocol
 
@@ -36,6 +36,7 @@ from ..data.trajectories import (
     trajectory_bytes,
 )
 from ..methods.method import Method
+from ..objectives.rewards import Reward
 from ..processes import distributed_errors, is_first, this_process
 from ..report.words import plural, size
 from ..roles.roles import Roles, RolesConfig
@@ -45,6 +46,7 @@ from ..training.saving import CheckpointSize, checkpoint_size
 from ..words import speaks_python
 from .encoder_record import EncoderRecord, encoder_files
 from .init import roles_for
+from .rewards import reward_of
 from .trajectory_sources import student_source, trajectory_times
 
 EMBEDDINGS = "embeddings"  # the folder of a run for what was encoded
@@ -79,6 +81,7 @@ class RunSpec:
     images: ImageSource | None = None
     trajectories: TrajectoryConfig | None = None
     init_from: Path | None = None
+    reward: Reward | None = None  # a function; None: the one that the method names
 
     @property
     def data(self) -> str:
@@ -207,6 +210,7 @@ def prepare(
     method = spec.method
     spec.train.on(this_process().num_processes)  # refuse before the first encoding
     require_exportable(teacher, method)
+    reward = reward_of(method, spec.reward)
     cache = None if place is None else place / EMBEDDINGS
     identity = identity_of(teacher, spec.prompts, cache)
     with encoding_on(teacher, device_of(teacher.module)):
@@ -230,6 +234,7 @@ def prepare(
             empty(network)
     on_meta = sharded and spec.init_from is None
     roles = roles_for(teacher, method, spec.roles, spec.train.seed, trajectories, spec.init_from, progress.say, on_meta)
+    roles = replace(roles, reward=reward)
     if run is not None:
         progress.say(checkpoint_words(checkpoint_size(roles, spec.train)))
     return Prepared(roles, data, images, trajectories)

@@ -38,8 +38,9 @@ from ..reading import reason, text_in, unreadable
 from ..recipes_path import recipe_path
 from ..roles.roles import RolesConfig
 from ..training.fit import FitConfig
-from ..training.loop import TrainConfig, require_updates
+from ..training.loop import TrainConfig, require_groups, require_updates
 from ..typed import shown
+from .rewards import require_reward
 
 Model = TypeVar("Model", bound=BaseModel)
 MOST = 100_000  # values in a recipe
@@ -338,6 +339,8 @@ class DistillRecipe(Strict):
         ):
             require_roles(method.name, self.roles)
             require_updates(method, train.iterations)
+            require_groups(method, train.batch)
+            require_reward(method, None)
         if self.init_from is None:
             require_initial_student(
                 self.method if self.warm_start is None else self.warm_start.method, "", False, "the teacher"

@@ -20,7 +20,7 @@ from ..findings import Check
 from ..methods.method import Method
 from ..reading import reason
 from ..report.words import size
-from ..roles.roles import Roles, RolesConfig
+from ..roles.roles import SURROGATE, TRAINED, Roles, RolesConfig
 from ..student.folder import Parts
 from ..student.student import Origin, Student, student_card
 from ..training.ledger import module_bytes, storage_bytes
@@ -74,7 +74,7 @@ def _checkpoint(roles: Roles, config: TrainConfig, copy: int) -> int:
     """
     if copy:
         moments = 0.5 if config.optimizer == "adamw8bit" else 2
-        return int(copy * (1 + sum(role in roles.trained for role in ("student", "fake")) * (1 + moments)))
+        return int(copy * (1 + sum(role in roles.trained for role in (*TRAINED, SURROGATE)) * (1 + moments)))
     return checkpoint_bytes(roles, config.optimizer)
 
 

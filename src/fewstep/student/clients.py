@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from ..atomic import write_tensors
 from ..backbones.experts import Experts, experts_of, split_state
 from ..backbones.few_step import PipelineInfo
+from ..backbones.layouts import shift_first
 from ..core.schedule import Schedule
 from ..core.solvers import SOLVERS
 from .card import StudentCard
 from .comfyui import TABLE, checkpoint_name, foreign, gap, obstacle
 from .headers import kohya_header, own_header
-from .kohya import kohya, layers_of, native, original_names, renamed
+from .kohya import kohya, native, renamed
 
 # Of a U-Net; sd-scripts and stable-diffusion.cpp read no LoRA outside of these blocks.
 BLOCKS = ("down_blocks", "mid_block", "up_blocks")
@@ -45,16 +46,14 @@ def write_client_file(
                 write_tensors(folder / own, native(tensors, names), own_header(card))
             return pair_files(card)[0]
         name = f"{card.name}-lora.safetensors"
-        names = dict(info.family.original_names(network))
+        names = dict(info.family.original_names(network)) if info.family.writes_original else {}
         if renamed(state, names):
-            write_tensors(folder / name, native(state, names), own_header(card))
+            write_tensors(folder / name, native(state, names, shift_first(network)), own_header(card))
         else:
             shutil.copyfile(lora, folder / name)
         return name
     assert card.alpha is not None
-    layers = layers_of(state)
-    modules = [n.replace(".base_layer", "") for n, _ in network.named_modules()]
-    kohya_names = original_names(layers, modules) if info.family.kohya == "original" else None
+    kohya_names = dict(info.family.original_names(network)) if info.family.kohya == "original" else None
     named, name = kohya(state, card.alpha, kohya_names), f"{card.name}-kohya.safetensors"
     config: Mapping[str, Any] = network.config  # type: ignore[assignment]
     write_tensors(folder / name, named, kohya_header(card, info, config, named, size))

@@ -242,7 +242,9 @@ def workflow(
         stages = [("20", "22", sigmas[: count + 1])] * (count > 0) + [("41", "42", sigmas[count:])] * (count < steps)
         for i, (model, key, part) in enumerate(stages):
             graph[key] = node("ManualSigmas", {"sigmas": _listed(part)})
-            told = {"add_noise": i == 0, "noise_seed": 0, "sampler": ["21", 0], "sigmas": [key, 0]}
+            # A sampler with fresh noise would draw the same again after the boundary.
+            seed = i if solver.stochastic else 0
+            told = {"add_noise": i == 0, "noise_seed": seed, "sampler": ["21", 0], "sigmas": [key, 0]}
             state = ["5", 0] if i == 0 else ["44", 0]
             # The last stage is the node "6", from which videos are decoded.
             place = "6" if i == len(stages) - 1 else "44"

@@ -22,7 +22,7 @@ from ..backbones.few_step import pipeline_info
 from ..backbones.files import load_network, network_places, save_lora, save_network, second_file
 from ..backbones.load import pipeline_of
 from ..backbones.parts import DiffusersBackbone
-from ..backbones.schedulers import student_scheduler
+from ..backbones.schedulers import student_scheduler, visits_alone
 from ..core import timegrid
 from ..core.schedule import Schedule
 from ..hashes import LISTING, require_listed, weight_hashes
@@ -296,12 +296,13 @@ def _write_files(folder: Path, name: str, backbone: Backbone, parts: Parts) -> N
         about = own_card(card, name)
     else:
         info = pipeline_info(pipeline_of(backbone))
-        scheduler = student_scheduler(config, card.steps, card.solver[str(card.steps[0])], even)
+        solver = card.solver[str(card.steps[0])]
+        scheduler, alone = student_scheduler(config, card.steps, solver, even), visits_alone(config, solver, even)
         scheduler.save_pretrained(scheduler_path(folder))
         elsewhere = other_programs(card, info, schedule, config, file, layers_of(parts.lora or {}), name)
         shift = float(scheduler.config.get("shift", 1.0))
         second = second_file(lora_path(folder)).name if info.boundary else ""
-        about = model_card(card, name, type(scheduler).__name__, info, even, elsewhere, shift=shift, second=second)
+        about = model_card(card, name, type(scheduler).__name__, info, alone, elsewhere, shift=shift, second=second)
     write_json(folder / FILE, asdict(replace(card, files=weight_hashes(folder))))
     write_text(folder / "README.md", about)
 

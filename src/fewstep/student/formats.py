@@ -22,7 +22,7 @@ from ..backbones.generate import device_of
 from ..backbones.load import load_teacher, pipeline_of
 from ..backbones.modules import coarsest, dtype_of, seen_dtypes
 from ..backbones.parts import DiffusersBackbone
-from ..backbones.schedulers import load_scheduler
+from ..backbones.schedulers import load_scheduler, visits_alone
 from ..backbones.unconditional import PixelModel, drawn_pixels, pixel_pipeline, save_pixel_pipeline
 from ..core import timegrid
 from ..core.solvers import SOLVERS
@@ -174,8 +174,11 @@ def own_times(student: Student) -> list[float] | None:
 
     None where the step count alone says the times.
     """
-    times = student.card.timesteps[str(student.card.steps[0])]
-    return None if timegrid.even(student.backbone.schedule, torch.tensor(times, dtype=torch.float64)) else times[:-1]
+    card, backbone = student.card, student.backbone
+    first = str(card.steps[0])
+    even = timegrid.even(backbone.schedule, torch.tensor(card.timesteps[first], dtype=torch.float64))
+    alone = visits_alone(backbone.scheduler_config, card.solver[first], even)
+    return None if alone else card.timesteps[first][:-1]
 
 
 def _require_stock(card: StudentCard) -> None:
@@ -205,10 +208,13 @@ def _require_times(student: Student) -> None:
     Raises ValueError where no pipeline of the student's family takes the times.
     """
     if own_times(student) is not None and not pipeline_info(pipeline_of(student.backbone)).told_by:
-        raise ValueError(
-            "--format: this student's times are its own, which no scheduler of its family takes; "
-            "choose student or merged"
+        stochastic = SOLVERS[student.card.solver[str(student.card.steps[0])]].stochastic
+        why = (
+            "this student has fresh noise at every step, and its pipeline tells no scheduler for that its times"
+            if stochastic
+            else "this student's times are its own, which no scheduler of its family takes"
         )
+        raise ValueError(f"--format: {why}; choose student or merged")
 
 
 def write_merged(student: Student, out: Path, dtype: torch.dtype) -> Tensor:

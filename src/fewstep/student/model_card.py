@@ -126,6 +126,11 @@ images = fewstep.sample(fewstep.load_student({at}), [""])  # or names of classes
             "Steps and guidance have to be said: "
             f"by itself diffusers takes 50 guided steps, which it was not made for. {beyond}"
         )
+    if stock and scheduler == "FlowMatchEulerDiscreteScheduler" and SOLVERS[card.solver[str(steps)]].stochastic:
+        beyond = (
+            "Every step draws fresh noise from torch's own generator, whatever `generator` is: "
+            f"`torch.manual_seed(0)` before the call repeats an image. {beyond}"
+        )
     free = "; the first step is analytic, without a network evaluation" if card.analytic_first_step else ""
     baked = "told to the network" if info.embeds_guidance else "baked in"
     guidance = f"{baked}: call it with `{guided}` (the teacher's guidance: {guidance_text(card)})"

@@ -16,7 +16,7 @@ from ..backbones.parts import DiffusersBackbone, denoiser_of
 from ..backbones.schedulers import load_scheduler
 from ..backbones.student_scheduler import SamplingSpec, StudentScheduler
 from ..core import timegrid
-from ..core.schedule import Schedule
+from ..core.schedule import Flow, Schedule
 from ..core.solvers import solver_named
 from ..roles.adapters import attach_adapter
 from ..roles.step_condition import attach, nearest, unfold
@@ -83,7 +83,9 @@ def sampling_spec(
     solver = solver_named(card.solver[str(card.steps[0])])
     grids = {int(k): torch.tensor(times, dtype=torch.float64) for k, times in card.timesteps.items()}
     even = all(timegrid.even(schedule, times) for times in grids.values())
-    if even and solver.stock and not (card.head or card.analytic_first_step):
+    # Pipelines of flow hand their scheduler no generator, of which the noise of each step could come.
+    unseeded = solver.stochastic and isinstance(schedule, Flow)
+    if even and solver.stock and not (card.head or card.analytic_first_step or unseeded):
         return None
     head = None if parts.head is None else parts.head.to(device)
     return SamplingSpec(schedule, row, solver, grids, head, card.analytic_first_step, patch)

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..backbones.kinds import Operations
 from ..roles.sharding import local_part
 
 Result = TypeVar("Result")
@@ -29,11 +30,12 @@ class MemoryTracker(TorchDispatchMode):
     """Counter of the bytes of all storages that operations allocate.
 
     Storages count until they are freed. `now` and `peak` are in bytes. The value of a fake (meta) tensor is
-    reported as 1, so losses are finite and norms small.
+    reported as 1, so losses are finite and norms small. `known` are the operations of an earlier count.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known: Operations | None = None) -> None:
         super().__init__()
+        self.known = Operations() if known is None else known
         self.now, self.peak = 0, 0
         self.operations = 0  # so far
         self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -100,7 +102,7 @@ class MemoryTracker(TorchDispatchMode):
         elif isinstance(first, list) and first and isinstance(first[0], FakeTensor) and _packet(func) in IN_PLACE:
             return None
         self.operations += 1
-        out = func(*args, **(kwargs or {}))
+        out = self.known(func, args, kwargs or {})
         if isinstance(out, Tensor):
             self.add(out)
         elif out is not None:

@@ -21,7 +21,7 @@ from ..config_fields import POSITIVE, WEIGHT, Range, check_fields
 from ..data.images import ImageData
 from ..data.prompts import Embeddings
 from ..data.trajectories import Trajectories
-from ..methods.method import Loss, Method, TrainBatch
+from ..methods.method import MOST_BATCH, Loss, Method, TrainBatch
 from ..processes import any_rank, is_first, meet, require_same, this_process
 from ..roles.adapters import assign
 from ..roles.roles import Role, Roles
@@ -47,9 +47,6 @@ from .state import (
 )
 
 Found = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]  # the tensors and the state of a checkpoint
-
-MOST_BATCH = 65_536
-
 
 LORA_RATES, COPY_RATES = (1e-4, 1e-3), (1e-5, 1e-4)  # default rates of student and fake score
 
@@ -247,6 +244,18 @@ def require_updates(method: Method, iterations: int) -> None:
         )
 
 
+def require_groups(method: Method, batch: int) -> None:
+    """Check that a batch holds whole groups of one prompt.
+
+    Raises ValueError otherwise.
+    """
+    if batch % method.group:
+        raise ValueError(
+            f"train.batch: got {batch}, allowed are multiples of method.reward.group ({method.group}), whose images "
+            f"have one prompt; set it to {-(-batch // method.group) * method.group}"
+        )
+
+
 def require_trajectories(method: Method, given: bool) -> None:
     """Check that a method gets trajectories if it needs them.
 
@@ -335,6 +344,12 @@ def _iterations(
             )
         )
     require_updates(method, config.iterations)
+    require_groups(method, config.batch)
+    if method.needs.reward != (roles.reward is not None):
+        raise ValueError(
+            f"reward: method {method.name} {'needs' if method.needs.reward else 'takes no'} reward; "
+            "it has one where method.reward.weight is above 0"
+        )
     require_workspace(config.deterministic, device)
 
     def optimizer_of(role: Role) -> torch.optim.Optimizer:
@@ -375,10 +390,14 @@ def _iterations(
             stream = rank * config.accumulate + part
             rng = seeded(config.seed, i, "draw", stream, device)
             host = rng if rng.device.type == "cpu" else seeded(config.seed, i, "host", stream)
-            cond = data.draw(config.batch, seeded(config.seed, i, "prompts", stream), device)
+            chosen = data.choose(config.batch, seeded(config.seed, i, "prompts", stream), method.group)
+            cond = data.at(chosen, device)
+            prompts = tuple(data.prompts[k] for k in chosen.tolist()) if method.needs.reward else ()
             images = None if real is None else real.draw(config.batch, seeded(config.seed, i, "real", stream), device)
             walk = None if paths is None else paths.draw(config.batch, seeded(config.seed, i, "paths", stream), device)
-            turns.append(TrainBatch(i, config.iterations, config.batch, cond, null, images, rng, walk, steps, host))
+            turns.append(
+                TrainBatch(i, config.iterations, config.batch, cond, null, images, rng, walk, steps, host, prompts)
+            )
         return turns
 
     following = draw(start)

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..backbones.base import Backbone
+from ..backbones.kinds import Operations
 from ..backbones.parts import blocks_of
 from ..data.images import ImageData
 from ..data.prompts import Embeddings
 from ..data.trajectories import Trajectories
 from ..methods.method import Method
+from ..objectives.rewards import REWARDS
 from ..roles.roles import Roles
 from .ledger import MemoryTracker, module_bytes, storage_bytes
 from .loop import TrainConfig, distill
@@ -81,14 +83,17 @@ def training_bytes(
     # One step needs as much memory as four: the steps without gradient hold less.
     begun = method.one_step()
     roles = make()  # outside of the tracker: unquantized base weights exist only before
+    if method.needs.reward:
+        roles = replace(roles, reward=REWARDS["brightness"])  # the networks of others are not counted
     hollow(roles)
     trained = {role: list(own.values()) for role, own in roles.trained.items()}
     parameters = [p for own in trained.values() for p in own]
     held = [t for n in roles.networks.values() for t in (*n.parameters(), *n.buffers())]
+    known = Costs() if known is None else known
     calls = Calls(
         roles.networks.values(), lambda: roles.active[0][0], roles.trained, short and roles.discriminator is None, known
     )
-    with MemoryTracker() as ledger:
+    with MemoryTracker(known.operations) as ledger:
         ledger.add(*held, *parameters, *roles.average.values())
         if one.accumulate > 1 and roles.discriminator is None:
             # A second batch finds the gradients of the first one. Without another pass: they are there at once.
@@ -172,21 +177,21 @@ def sharded_bytes(whole: Training, roles: Roles, cards: int) -> Training:
     )
 
 
-def peak_bytes(run: Callable[[], object], *networks: nn.Module) -> int:
+def peak_bytes(run: Callable[[], object], *networks: nn.Module, known: Operations | None = None) -> int:
     """Return the peak bytes of `run` and these networks."""
-    with MemoryTracker() as ledger:
+    with MemoryTracker(known) as ledger:
         ledger.add(*(t for n in networks for t in (*n.parameters(), *n.buffers())))
         run()
     return ledger.peak
 
 
-def calls_alone(run: Callable[[], object], networks: Sequence[nn.Module]) -> list[int]:
+def calls_alone(run: Callable[[], object], networks: Sequence[nn.Module], known: Operations | None = None) -> list[int]:
     """Return the bytes of each network alone while `run` calls it.
 
     Its weights are included.
     """
     calls = [Calls([network], lambda: None, {}) for network in networks]
-    with MemoryTracker() as ledger, ExitStack() as all_counted:
+    with MemoryTracker(known) as ledger, ExitStack() as all_counted:
         ledger.add(*(t for n in networks for t in (*n.parameters(), *n.buffers())))
         for own in calls:
             all_counted.enter_context(own.counted(ledger))

@@ -18,36 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from ..backbones.kinds import Kind, Operations, kind_of
 from ..backbones.parts import innermost_blocks
 from .ledger import MemoryTracker, storage_bytes
 
 Trained = Mapping[Any, Mapping[str, nn.Parameter]]  # role -> name -> parameter
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 OWN = ("forward", "layer_idx")  # attributes in which equal blocks differ
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What a tensor is, but for its numbers."""
-
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    graded: bool
-
-    @staticmethod
-    def of(t: Tensor) -> "Kind":
-        """Return a tensor's kind."""
-        return Kind(t.shape, t.stride(), t.dtype, t.requires_grad)
-
-    def made(self, like: Tensor) -> Tensor:
-        """Return a tensor of this kind, without numbers."""
-        return like.new_empty_strided(self.shape, self.stride, dtype=self.dtype)
-
-
-def kind_of(value: object) -> object:
-    """Return a tensor's kind, and all else unchanged."""
-    return Kind.of(value) if isinstance(value, Tensor) else value
 
 
 @dataclass(frozen=True)
@@ -113,6 +90,7 @@ class Costs:
 
     def __init__(self) -> None:
         self.costs = dict[object, Cost | None]()
+        self.operations = Operations()
         self._kinds = dict[object, int]()
 
     def number(self, block: nn.Module) -> int | None:
