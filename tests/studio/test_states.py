@@ -2,6 +2,7 @@
 
 import html
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -88,9 +89,16 @@ def scene(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             trainer.wait()
 
 
-@pytest.fixture
-def handlers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, Callable[..., Any]]:
+@dataclass(frozen=True)
+class Buttons:
     """What the page's buttons run, by name; nothing is started."""
+
+    folder: Path
+    runs: Mapping[str, Callable[..., Any]]
+
+
+@pytest.fixture(scope="module")
+def buttons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Buttons]:
     from fewstep.studio.app import page
     from fewstep.studio.place import Place
     from fewstep.studio.queue import Line
@@ -98,11 +106,13 @@ def handlers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, Ca
     def never(argv: Sequence[str], run: Path) -> None:
         raise AssertionError(f"{run} was started")
 
-    monkeypatch.setattr("fewstep.studio.queue.run_apart", never)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "old").mkdir(parents=True)
-    built = page(Place(tmp_path / "runs", Line(tmp_path / "runs"), line_of))
-    return {own.fn.__name__: own.fn for own in built.fns.values() if own.fn is not None}
+    folder = tmp_path_factory.mktemp("buttons") / "runs"
+    (folder / "old").mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fewstep.studio.queue.run_apart", never)
+        patch.chdir(folder.parent)
+        built = page(Place(folder, Line(folder), line_of))
+        yield Buttons(folder, {own.fn.__name__: own.fn for own in built.fns.values() if own.fn is not None})
 
 
 def said_by(handler: Callable[..., Any], *fields: Any) -> str:
@@ -144,13 +154,11 @@ def wished(**changed: str | None) -> list[str | None]:
         ({"dropped": "/proc/gone"}, "gone"),
     ],
 )
-def test_an_odd_wish_is_refused_in_one_line(
-    changed: dict[str, str | None], word: str, handlers: Mapping[str, Callable[..., Any]], tmp_path: Path
-) -> None:
-    said = said_by(handlers["begin"], *wished(**changed))
+def test_an_odd_wish_is_refused_in_one_line(changed: dict[str, str | None], word: str, buttons: Buttons) -> None:
+    said = said_by(buttons.runs["begin"], *wished(**changed))
     assert word in said
     assert "fault of fewstep" not in said
-    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["old"]
+    assert [p.name for p in buttons.folder.iterdir()] == ["old"]
 
 
 @pytest.mark.parametrize(
@@ -177,38 +185,35 @@ def test_an_odd_wish_is_refused_in_one_line(
         ("write_report", ["/etc"], "/etc"),
     ],
 )
-def test_an_odd_press_is_answered_in_one_line(
-    handler: str, fields: list[Any], word: str, handlers: Mapping[str, Callable[..., Any]]
-) -> None:
-    said = said_by(handlers[handler], *fields)
+def test_an_odd_press_is_answered_in_one_line(handler: str, fields: list[Any], word: str, buttons: Buttons) -> None:
+    said = said_by(buttons.runs[handler], *fields)
     assert word in said
     assert "fault of fewstep" not in said
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", bytes(range(256))])
-def test_a_file_that_is_no_image_of_the_studio_says_so(
-    content: bytes, handlers: Mapping[str, Callable[..., Any]], tmp_path: Path
-) -> None:
+def test_a_file_that_is_no_image_of_the_studio_says_so(content: bytes, buttons: Buttons, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(content)
-    assert "is no such image" in said_by(handlers["take"], str(tmp_path / "a.png"))
+    assert "is no such image" in said_by(buttons.runs["take"], str(tmp_path / "a.png"))
 
 
 @pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "studio.log", "studio.json", "run.lock", "error.log",
                                   "report.html", "samples/step_000001.png"])  # fmt: skip
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", bytes(range(256)), b'{"iteration": 1, "seconds": NaN}\n'])
-def test_a_damaged_run_is_shown_for_all_that(
-    name: str, content: bytes, handlers: Mapping[str, Callable[..., Any]], tmp_path: Path
-) -> None:
+def test_a_damaged_run_is_shown_for_all_that(name: str, content: bytes, buttons: Buttons, tmp_path: Path) -> None:
     from fewstep.studio.runs import NOTHING
 
-    run = tmp_path / "runs" / "live"
+    run = buttons.folder / "damaged"
     a_run(run, tmp_path / "r.yaml")
-    trained(run, 1)
-    (run / name).parent.mkdir(exist_ok=True)
-    (run / name).write_bytes(content)
-    handlers["look"](str(run), [])
-    handlers["look_slowly"](str(run), NOTHING, 1, None, None)
-    handlers["turn"](str(run), 1, None, None)
+    try:
+        trained(run, 1)
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_bytes(content)
+        buttons.runs["look"](str(run), [])
+        buttons.runs["look_slowly"](str(run), NOTHING, 1, None, None)
+        buttons.runs["turn"](str(run), 1, None, None)
+    finally:
+        shutil.rmtree(run)
 
 
 def test_a_run_of_another_process_is_live(scene: Scene) -> None:
