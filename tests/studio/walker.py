@@ -78,13 +78,13 @@ class Walker:
         return str(found)
 
     def press(self, selector: str) -> None:
-        """A click, once the button may be pressed."""
+        """A press by keyboard, once the button may be pressed; a click misses what moves meanwhile."""
         self.browser.until(
             lambda: bool(self.browser.run("return document.querySelector(arguments[0])?.disabled === false", selector)),
-            120,
+            PATIENCE,
         )
-        self.browser.run("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", selector)
-        self.browser.click(selector)
+        self.browser.run("document.querySelector(arguments[0]).focus()", selector)
+        self.browser.press("Enter")
 
     def fill(self, block: str, text: str, *keys: str) -> None:
         """A text in the place of what a field holds."""
