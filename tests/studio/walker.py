@@ -89,9 +89,8 @@ class Walker:
     def fill(self, block: str, text: str, *keys: str) -> None:
         """A text in the place of what a field holds."""
         field = f"{block} :is(input, textarea):not([type=file], [type=range])"
-        self.browser.run("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", field)
-        self.browser.click(field)
-        self.browser.chord("Control", "a")
+        self.has(field)
+        self.browser.run("const e = document.querySelector(arguments[0]); e.focus(); e.select()", field)
         self.browser.press("Backspace", *text, *keys)
 
     def reads(self, selector: str, word: str, seconds: float = PATIENCE) -> None:
