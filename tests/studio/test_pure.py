@@ -121,6 +121,14 @@ def test_facts_come_from_the_folder_while_it_trains_and_after(tmp_path: Path, sl
     assert state_of(facts_of(run)).word == "stopped"
 
 
+def test_times_that_are_no_numbers_are_passed_over(tmp_path: Path) -> None:
+    record(tmp_path)
+    log(tmp_path, {"iteration": 1, "seconds": 2.0}, {"iteration": 2, "seconds": float("nan")}, {"iteration": 3})
+    facts = facts_of(tmp_path)
+    assert (facts.done, facts.seconds, facts.pace) == (3, 2.0, 0.0)
+    assert "30 % of 10 · 2 s of training" in summary("mine", facts)
+
+
 def test_an_ended_child_that_nobody_waited_for_holds_nothing(tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
     own = holder_of(child.pid)
