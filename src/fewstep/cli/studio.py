@@ -48,7 +48,10 @@ def run_studio(folder: Path, host: str, port: int | None, password: str | None, 
 
 
 def line_of(error: Exception) -> str:
-    """Return the line for an error on the page; one that nobody foresaw is logged in the working folder."""
+    """Return the line for an error on the page.
+
+    One that nobody foresaw is logged in the working folder.
+    """
     return fault_of(error).line.removeprefix("error: ")
 
 

@@ -254,7 +254,10 @@ def build(place: Place) -> NewTab:
             return words.note(error, "bad")
 
     def ordered(wish: Wish, kept: Path) -> Order:
-        """Return what is asked for; dropped and pasted prompts are written beside `kept`."""
+        """Return what is asked for.
+
+        Dropped and pasted prompts are written beside `kept`.
+        """
         return order_of(folder, wish, prompts_file(wish, kept))
 
     def plan(card: str | None, *fields: Any) -> Iterator[list[Any]]:

@@ -148,7 +148,10 @@ def _seeds(asked: Settings) -> list[int]:
 
 
 def conditions(student: Student) -> list[int]:
-    """Return the step counts that a student can be told, [0] for one that is told none."""
+    """Return the step counts that a student can be told.
+
+    [0] for one that is told none.
+    """
     return sorted(student.card.steps) if student.vectors and not student.card.guidance_scales else [0]
 
 

@@ -182,9 +182,9 @@ def changes(base: Mapping[str, str], asked: Mapping[str, str], more: str) -> lis
 
 
 def prompts_file(wish: Wish, kept: Path) -> str:
-    """Return the file or the data set of the prompts; empty for the recipe's.
+    """Return the file or the data set of the prompts.
 
-    Pasted and dropped ones are written to `KEPT-prompts` first, with an ending.
+    Empty for the recipe's. Pasted and dropped ones are written to `KEPT-prompts` first, with an ending.
     """
     name = f"{kept.name}-prompts"
     if wish.pasted:

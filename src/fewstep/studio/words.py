@@ -28,7 +28,10 @@ def lines(said: str, empty: str = "") -> str:
 
 
 def facts(pairs: Sequence[tuple[str, object]]) -> str:
-    """Return names and values as a list; long values have a line of their own."""
+    """Return names and values as a list.
+
+    Long values have a line of their own.
+    """
     kinds = (' class="fs-wide"' if len(str(value)) > WIDE else "" for _, value in pairs)
     inner = "".join(
         f"<div{kind}><dt>{text(name)}</dt><dd>{text(value)}</dd></div>"
