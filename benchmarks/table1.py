@@ -1,11 +1,12 @@
 """The paper's tables as one command, for whoever has the hub and a card.
 
     python benchmarks/table1.py --base sd15 --prompts prompts.txt        # table 1; sdxl too, and pixart, sd35: table 3
-    python benchmarks/table1.py --video cogvideox --prompts prompts.txt  # table 4, by VBench's dimensions for any clips
+    python benchmarks/table1.py --video cogvideox --prompts prompts.txt  # table 4, by VBench's dimensions
 
 Trains a student with the shipped recipe, or takes --student RUN, and measures it beside its teacher and public
-students: HPSv2.1 on its four styles, aesthetic score and CLIP score; of videos VBench, in an environment of its own
-(`fewstep evaluate --install vbench`). VBench's totals and its other dimensions are its own program's.
+students: HPSv2.1 on its four styles, aesthetic score and CLIP score; of videos twelve of VBench's dimensions, in an
+environment of its own (`fewstep evaluate --install vbench`), and with `--metrics vbench,vbench_actions,vbench_objects`
+its four with detectron2. VBench's totals are its own program's.
 With --teacher, --protocol and --metrics any pipeline is measured; the tests run it on tiny ones.
 """
 
@@ -36,7 +37,7 @@ BASES = {
     "sdxl": Base("sdxl-tdm4-lora", against=("lcm-lora", "hyper-sd", "tcd", "sdxl-lightning", "dmd2", "sdxl-turbo")),
     "pixart": Base("pixart-tdm4-lora"),
     "sd35": Base("sd35m-tdm4-lora"),
-    "cogvideox": Base("cogvideox-tdm4-lora", against=("tdm",), protocol="vbench", metrics=("vbench",)),
+    "cogvideox": Base("cogvideox-tdm4-lora", against=("tdm",), protocol="vbench", metrics=("vbench", "vbench_actions")),
 }
 LEADING = ("model", "steps", "guidance", "nfe")
 

@@ -32,6 +32,8 @@ SMALL = [
         ("sd15", "sd"),
         pytest.param("cogvideox", "cogvideox", marks=pytest.mark.slow),
         pytest.param("sd35", "sd3", marks=pytest.mark.slow),
+        pytest.param("sdxl", "sdxl", marks=pytest.mark.slow),
+        pytest.param("pixart", "pixart", marks=pytest.mark.slow),
     ],
 )
 def test_a_table_is_one_command(

@@ -1,31 +1,39 @@
 """The best student so far stays, whatever comes after it, and it is said when nothing better comes."""
 
 import json
+import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from fewstep.cli.best import PATIENCE, Best, keep_best, read_best
+from fewstep.cli.best import PATIENCE, Best, keep_best, read_best, stalled
+from fewstep.cli.evaluate import check_curves
+from fewstep.evaluation.images import ImageProtocol
+from fewstep.evaluation.metrics import METRICS
+from fewstep.runs.recipe import DistillRecipe, read_recipe
 
 from .common import fewstep as command
 
 KEY = "preview.distance"
 
 
-def run_of(folder: Path, values: list[float | None]) -> list[list[str]]:
-    """Judge a run whose previews have these values; return what was said.
+def run_of(folder: Path, values: list[float | None], key: str = KEY) -> list[list[str]]:
+    """Judge a run whose previews have these values under a key; return what was said.
 
     There is one preview an iteration, and it is logged before it is judged.
     """
+    kind, _, name = key.partition(".")
     said = []
     for i, value in enumerate(values):
         with (folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"iteration": i, "preview": {"distance": value}}) + "\n")
+            file.write(json.dumps({"iteration": i, kind: {name: value}}) + "\n")
         said.append(
-            keep_best(folder, Best(i, float("nan") if value is None else value, KEY), partial(written, iteration=i))
+            keep_best(folder, Best(i, float("nan") if value is None else value, key), partial(written, iteration=i))
             if i
             else []
         )
@@ -50,6 +58,92 @@ def test_what_is_no_number_is_never_the_best(tmp_path: Path, broken: float | Non
     assert not (tmp_path / "best").exists()
     run_of(tmp_path, [0.9, 0.5, broken])
     assert read_best(tmp_path, KEY) == Best(1, 0.5, KEY)
+
+
+@pytest.mark.parametrize("metric", ["pickscore", "geneval", "retrieval_top1", "fd_teacher", "teacher_distance"])
+def test_the_best_is_the_highest_or_lowest_as_the_metric_goes(metric: str, tmp_path: Path) -> None:
+    """Of higher-is-better metrics the highest; training ends after two previews that are no better."""
+    high = METRICS[metric].better == "high"
+    values = [v if high else -v for v in (1.0, 3.0, 5.0, 4.0, 2.0)]
+    said, key = run_of(tmp_path, [*values], f"quality.{metric}"), f"quality.{metric}"
+    assert read_best(tmp_path, key) == Best(2, values[2], key)
+    assert (tmp_path / "best" / "student").read_text() == "2" and said == [[]] * 5
+    assert "no better than iteration 2's" in run_of(tmp_path, [*values, values[4]], key)[5][0]
+    for patience, ended in ((2, True), (3, False)):
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()[:5]
+        (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        how = [f"preview.patience={patience}", f"preview.best_by={metric}", "preview.protocol=own-quick"]
+        assert stalled(tmp_path, read_recipe("emoji-tdm4", [*how, "method.warmup=0"], DistillRecipe)) is ended
+
+
+class Falling:
+    """A scorer whose numbers rise, and then fall, preview by preview."""
+
+    key, clips, of = "pickscore", False, ""
+    weights: ClassVar = {"a/model.safetensors": "0" * 64}
+
+    def __init__(self) -> None:
+        self.at, self.closed = iter([0.0, 20.0, 21.0, 23.0, 22.0, 21.5]), 0  # the teacher's, then the students'
+
+    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        return torch.full(
+            (len(images),), next(self.at) if len(images) > 1 else 0.0
+        )  # one image: whether it is the same
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.mark.slow
+def test_a_metric_of_another_package_decides_in_previews(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PickScore at every preview: the student of the highest is kept and exported, and training ends after it."""
+    scorer = Falling()
+    rules = ImageProtocol("own-quick", 4, 2, seeds=2, batch=4)
+    monkeypatch.setattr("fewstep.evaluation.images.OWN", (rules,))
+    monkeypatch.setattr("fewstep.evaluation.scorers.SCORERS", {"pickscore": lambda: scorer})
+    monkeypatch.setattr("fewstep.evaluation.bootstrap.DRAWS", 20)
+    monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 2)
+    how = (
+        "preview.every=1", "preview.patience=2", "preview.final=best", "train.iterations=9",
+        "preview.protocol=own-quick", "preview.metrics=[pickscore]", "preview.best_by=pickscore",
+    )  # fmt: skip
+    settings = [word for setting in how for word in ("--set", setting)]
+    assert command(monkeypatch, "distill", recipe, *settings) == 0
+    run, said = Path("runs/tiny"), capsys.readouterr().out
+    assert "iteration 4: 2 previews in a row are no better than one before; the training ends here" in said
+    assert "final    the student of iteration 2 of 4, quality.pickscore 23" in said
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["quality"]["pickscore"] for line in lines if "quality" in line] == [20, 21, 23, 22, 21.5]
+    assert json.loads((run / "final" / "fewstep.json").read_text())["iterations"] == 2 and scorer.closed == 1
+    assert "PickScore" in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["preview.metrics=[pickscore]"], "preview.metrics: is a number of a protocol; set preview.protocol, such"),
+        (["preview.best_by=fd_teacher"], "preview.best_by: is a number of a protocol; set preview.protocol, such"),
+        (["preview.protocol=own-quick", "preview.metrics=[fid]"], "preview.metrics: got fid; choose from clip_score"),
+        (["preview.protocol=own-quick", "preview.metrics=[pick]"], "preview.metrics: got pick; choose from clip_sc"),
+        (["preview.protocol=own-quick", "preview.best_by=diversity"], "preview.best_by: got diversity; choose one of"),
+        (
+            ["preview.protocol=own-quick", "preview.best_by=pickscore"],
+            "preview.best_by: got pickscore, which is not measured; set preview.metrics=[pickscore] too",
+        ),
+    ],
+)  # fmt: skip
+def test_what_previews_cannot_measure_is_refused(settings: list[str], said: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(said)):
+        check_curves(read_recipe("emoji-tdm4", settings, DistillRecipe))
+
+
+def test_what_previews_can_measure_is_not() -> None:
+    for best in ("fd_real", "retrieval_top1"):
+        check_curves(read_recipe("emoji-tdm4", ["preview.protocol=quick", f"preview.best_by={best}"], DistillRecipe))
+    of = ["preview.protocol=geneval-quick", "preview.metrics=[geneval, pickscore]", "preview.best_by=geneval"]
+    check_curves(read_recipe("emoji-tdm4", of, DistillRecipe))
 
 
 def test_it_is_said_when_previews_get_no_better_and_where_the_best_is(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic import write_json
+from ..evaluation.metrics import METRICS
 from ..report.live import read_metrics, series
 from ..report.run import BEST, BEST_FILE, best_preview
 from ..report.words import finite, plural
@@ -21,7 +22,7 @@ PATIENCE = 3  # previews in a row without improvement before a warning
 class Best:
     """The preview whose student lies in `best/`.
 
-    `measured` is the key of `value` in metrics.jsonl. Of two values the smaller is better.
+    `measured` is the key of `value` in metrics.jsonl.
     """
 
     iteration: int
@@ -40,6 +41,12 @@ def measured_by(recipe: DistillRecipe, quality: Mapping[str, Any]) -> str:
         return "preview.distance"
     usual = "fd_teacher" if quality.get("fd_real") is None else "fd_real"
     return f"quality.{recipe.preview.best_by or usual}"
+
+
+def loss_of(measured: str, value: float) -> float:
+    """Return a number that is smaller where a value is better."""
+    metric = METRICS.get(measured.removeprefix("quality."))
+    return -value if metric is not None and metric.better == "high" else value
 
 
 def read_best(run: Path, measured: str) -> Best | None:
@@ -80,8 +87,10 @@ def stalled(run: Path, recipe: DistillRecipe) -> bool:
     if patience is None:
         return False
     quality: Mapping[str, Any] = next((m["quality"] for m in reversed(metrics) if m.get("quality")), {})
-    iterations, values = series(metrics, measured_by(recipe, quality))
-    past = [(v, i) for i, v in zip(iterations, values, strict=True) if i == 0 or i > recipe.method.warmup]
+    measured = measured_by(recipe, quality)
+    iterations, values = series(metrics, measured)
+    pairs = zip(iterations, values, strict=True)
+    past = [(loss_of(measured, v), i) for i, v in pairs if i == 0 or i > recipe.method.warmup]
     return bool(past) and sum(i > min(past)[1] for _, i in past) >= patience
 
 
@@ -96,17 +105,17 @@ def keep_best(run: Path, now: Best, write: Callable[[Path], object], warmup: int
     """
     if now.iteration <= warmup:
         return []
-    best, folder = read_best(run, now.measured), run / BEST
-    if finite(now.value) and (best is None or now.value < best.value):
+    best, folder, own = read_best(run, now.measured), run / BEST, loss_of(now.measured, now.value)
+    if finite(now.value) and (best is None or own < loss_of(now.measured, best.value)):
         write(folder)
         write_json(folder / BEST_FILE, asdict(now))
     values = zip(*series(read_metrics(run / "metrics.jsonl"), now.measured), strict=True)
     past = [(i, v) for i, v in values if i < now.iteration and (i == 0 or i > warmup)]
     if not past:
         return []
-    iteration, value = min(past, key=lambda p: p[1])
+    iteration, value = min(past, key=lambda p: loss_of(now.measured, p[1]))
     since = sum(i > iteration for i, _ in past) + 1
-    if now.value < value or since % PATIENCE:
+    if own < loss_of(now.measured, value) or since % PATIENCE:
         return []
     worse = (
         f"{plural(since, 'preview')} in a row no better than iteration {iteration}'s, "

@@ -21,6 +21,7 @@ from ..backbones.unconditional import PixelModel
 from ..core import timegrid
 from ..data.prompts import Embeddings, Split, embed, embedding_bytes
 from ..data.trajectories import Trajectories, TrajectoryConfig
+from ..evaluation.scorer import NO_EXTRA
 from ..findings import require
 from ..processes import (
     any_rank,
@@ -59,7 +60,8 @@ from ..training.state import checkpoints, latest_checkpoint
 from ..training.trackers import Trackers, require_trackers
 from .before import look_before, look_in_dry_run
 from .best import Best, measured_by, stalled
-from .evaluate import EVALUATION, check_measures, measure_step, split_prompts
+from .evaluate import EVALUATION, Measures, check_measures, measure_step, split_prompts
+from .extra import ending, preview_metrics
 from .finish import errors_along, finish, shape_seen, write_best
 from .options import in_options
 from .plan import plans_of, show
@@ -127,15 +129,17 @@ def run_stages(recipe: DistillRecipe, run: Path, source: str, overrides: list[st
     barrier()  # no process writes before all have looked
     if not begun:
         look_before(stages, teacher, base_hash, prompts, run, run)
-    for stage in stages[:-1]:
-        console.print(f"warm start: {stage.method.name}, {stage.train.iterations} iterations")
-        done = finished(run / WARM_START, stage)
-        barrier()
-        if not done:
-            run_stage(stage, teacher, base_hash, split, run / WARM_START, source, overrides, run, log_to)
+    asked = Measures(split, preview_metrics(recipe.preview.metrics) if is_first() else NO_EXTRA)
+    with ending(asked.extra):
+        for stage in stages[:-1]:
+            console.print(f"warm start: {stage.method.name}, {stage.train.iterations} iterations")
+            done = finished(run / WARM_START, stage)
             barrier()
-            teacher = teacher_of(recipe, run, together=True)[0] if sharded(stage) else teacher
-    run_stage(stages[-1], teacher, base_hash, split, run, source, overrides, run, log_to)
+            if not done:
+                run_stage(stage, teacher, base_hash, asked, run / WARM_START, source, overrides, run, log_to)
+                barrier()
+                teacher = teacher_of(recipe, run, together=True)[0] if sharded(stage) else teacher
+        run_stage(stages[-1], teacher, base_hash, asked, run, source, overrides, run, log_to)
 
 
 def teacher_of(recipe: DistillRecipe, run: Path, together: bool = False) -> tuple[Backbone, str]:
@@ -212,7 +216,7 @@ def run_stage(
     recipe: DistillRecipe,
     teacher: Backbone,
     base_hash: str,
-    split: Split,
+    asked: Measures,
     run: Path,
     source: str,
     overrides: list[str],
@@ -226,7 +230,7 @@ def run_stage(
     teacher = at_size(teacher, recipe.size)
     require_exportable(teacher, recipe.method)
     check_initial(recipe, teacher)
-    prompts = list(split.trained)
+    prompts = list(asked.split.trained)
     spec, first = spec_of(recipe, prompts), is_first()
     if first:
         run.mkdir(parents=True, exist_ok=True)
@@ -274,11 +278,11 @@ def run_stage(
         )
 
         def resumed(step: Step) -> None:
-            complete(recipe, step, preview, log, split, keep)
+            complete(recipe, step, preview, log, asked, keep)
 
         steps = distill(roles, recipe.method, data, recipe.train, run, ready.images, paths, resumed)
         try:
-            stopped = training(recipe, roles, steps, preview, log, split, keep)
+            stopped = training(recipe, roles, steps, preview, log, asked, keep)
         finally:
             trackers.finish()
     if stopped:
@@ -294,7 +298,7 @@ def run_stage(
     if paths is not None:
         write_json(run / SHAPE, shape | {"errors": errors_along(recipe.method, roles, paths)})
     assert preview is not None
-    finish(recipe, roles, preview, run, base_hash, log.iteration, log.seconds, split)
+    finish(recipe, roles, preview, run, base_hash, log.iteration, log.seconds, asked.split)
 
 
 def say(line: str) -> None:
@@ -343,7 +347,7 @@ def training(
     steps: Generator[Step, None, None],
     preview: Preview | None,
     log: MetricsLog,
-    split: Split,
+    asked: Measures,
     keep: Keep | None = None,
 ) -> bool:
     """Run the training, with previews, log and measurements.
@@ -352,7 +356,7 @@ def training(
     """
     start, last, trend = log.iteration, recipe.train.iterations, Trend()
     if not start and preview is not None:
-        judge(recipe, Step(0, {}, 0.0, roles, recipe.method), preview, log, split)
+        judge(recipe, Step(0, {}, 0.0, roles, recipe.method), preview, log, asked)
     with stop_request() as request, meter(recipe.name, last, start) as bar, closing(steps):
         if start and log.path is not None and stalled(log.path.parent, recipe):
             restore(roles, log.path.parent)  # it has ended early, and is not trained on
@@ -365,7 +369,7 @@ def training(
             if grown := trend.add(step.metrics):
                 console.print("\n".join(f"iteration {step.iteration}: {w}" for w in grown))
                 log.note(step.iteration, {"warnings": grown})
-            look_at(recipe, step, preview, log, split, keep)
+            look_at(recipe, step, preview, log, asked, keep)
             waited = recipe.preview.patience is not None and due(recipe, step.iteration)
             if waited and any_rank(log.path is not None and stalled(log.path.parent, recipe)):
                 console.print(
@@ -388,12 +392,12 @@ def look_at(
     step: Step,
     preview: Preview | None,
     log: MetricsLog,
-    split: Split,
+    asked: Measures,
     keep: Keep | None = None,
 ) -> None:
     """Show and measure the student where a preview is due."""
     if preview is not None and due(recipe, step.iteration):
-        judge(recipe, step, preview, log, split, keep)
+        judge(recipe, step, preview, log, asked, keep)
 
 
 def judge(
@@ -401,7 +405,7 @@ def judge(
     step: Step,
     preview: Preview,
     log: MetricsLog,
-    split: Split,
+    asked: Measures,
     keep: Keep | None = None,
 ) -> None:
     """Make one preview, measure the student and keep the best.
@@ -415,7 +419,7 @@ def judge(
         log.note(step.iteration, {"preview": {k: v if finite(v) else None for k, v in values.items()}})
     quality = log.known.get("quality", {}) if is_first() else {}
     if any_rank(not quality and is_first()) if sharded(recipe) else not quality and is_first():
-        quality = measure(recipe, step, log, split)
+        quality = measure(recipe, step, log, asked)
     measured = measured_by(recipe, quality)
     value = seen.distance if recipe.preview.protocol is None else quality.get(measured.removeprefix("quality."))
     kept = keep(Best(step.iteration, value if finite(value) else math.nan, measured), log.seconds) if keep else []
@@ -431,7 +435,7 @@ def complete(
     step: Step,
     preview: Preview | None,
     log: MetricsLog,
-    split: Split,
+    asked: Measures,
     keep: Keep | None = None,
 ) -> None:
     """Redo what a kill after this step's checkpoint took.
@@ -440,7 +444,7 @@ def complete(
     """
     if "seconds" not in log.known and step.metrics:
         log.add(step)
-    look_at(recipe, step, preview, log, split, keep)
+    look_at(recipe, step, preview, log, asked, keep)
     log.known = {}
 
 
@@ -518,7 +522,7 @@ def training_split(recipe: DistillRecipe, teacher: Backbone) -> Split:
     return split
 
 
-def measure(recipe: DistillRecipe, step: Step, log: MetricsLog, split: Split) -> Mapping[str, Any]:
+def measure(recipe: DistillRecipe, step: Step, log: MetricsLog, asked: Measures) -> Mapping[str, Any]:
     """Measure a point of the quality curves.
 
     Returns an empty mapping where the recipe asks for no curves.
@@ -526,7 +530,7 @@ def measure(recipe: DistillRecipe, step: Step, log: MetricsLog, split: Split) ->
     if recipe.preview.protocol is None:
         return {}
     cache = None if log.path is None or sharded(recipe) else log.path.parent / EVALUATION
-    if quality := measure_step(step, recipe.preview.protocol, recipe.real, split, cache):
+    if quality := measure_step(step, recipe.preview.protocol, recipe.real, asked, cache):
         log.note(step.iteration, {"quality": quality})
     return quality
 

@@ -17,6 +17,7 @@ from ..backbones.unconditional import PixelModel
 from ..core.guidance import Guidance
 from ..core.solvers import total_nfe
 from ..data.prompts import Split, find_prompts, split_prompts_of
+from ..evaluation.scorer import NO_EXTRA, Extra, spelled
 from ..reading import object_in, reading
 from ..runs.recipe import DistillRecipe
 from ..runs.sampling import backbone_of, decoded, sample_trajectory
@@ -263,7 +264,6 @@ def evaluate_student(
     # These imports take seconds, and not every run evaluates.
     from ..evaluation.images import ImageProtocol, evaluate_images
     from ..evaluation.protocols import evaluate
-    from ..evaluation.scorer import NO_EXTRA
 
     student = open_student(folder)
     teacher = backbone_of(student)
@@ -271,7 +271,7 @@ def evaluate_student(
     asked = Asked((), "the emoji's names")
     if isinstance(rules, ImageProtocol):
         asked = asked_of(teacher, folder.parent, prompts, rules, split)
-    extra = extra_of(more.metrics, more.reference) if more.metrics or more.reference else NO_EXTRA
+    extra = extra_of(more.metrics, more.reference)
     rows = [*rows_of(student), *rival_rows(teacher, more.against)]
     each, calls = rules.total(1), [row.nfe for row in rows]
     with meter("evaluating, NFE", each * sum(calls)) as bar, ending(extra):
@@ -465,13 +465,45 @@ def check_measures(recipe: DistillRecipe, teacher: Backbone | None = None) -> No
                 protocol_named(name)
             continue
         measuring(teacher, name, recipe.real, option)
+    check_curves(recipe)
 
 
-NO_PROMPTS = Split((), ())
+def check_curves(recipe: DistillRecipe) -> None:
+    """Check the numbers that previews measure, and which decides.
+
+    Raises ValueError.
+    """
+    if recipe.preview.protocol is None and not recipe.preview.metrics and recipe.preview.best_by is None:
+        return
+    from ..evaluation.metrics import METRICS, OTHERS
+
+    curves = [key for key, metric in METRICS.items() if metric.curve and metric.better is not None]
+    asked, others, best = spelled(recipe.preview.metrics), {metric.key for metric in OTHERS}, recipe.preview.best_by
+    for option, given in (("metrics", recipe.preview.metrics), ("best_by", best)):
+        if given and recipe.preview.protocol is None:
+            raise ValueError(f"preview.{option}: is a number of a protocol; set preview.protocol, such as own-quick")
+    if odd := [key for key in asked if key not in curves or key not in others]:
+        known = ", ".join(key for key in curves if key in others)
+        raise ValueError(f"preview.metrics: got {odd[0]}; choose from {known}")
+    if best is not None and best not in curves:
+        raise ValueError(f"preview.best_by: got {best}; choose one of {', '.join(curves)}")
+    if best in others and not {*spelled([best])} <= {*asked}:
+        raise ValueError(f"preview.best_by: got {best}, which is not measured; set preview.metrics=[{best}] too")
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What previews are measured with: a run's prompts, and networks of others."""
+
+    split: Split
+    extra: Extra = NO_EXTRA
+
+
+NOTHING = Measures(Split((), ()))
 
 
 def measure_step(
-    step: Step, protocol: str, real: str | None = None, split: Split = NO_PROMPTS, cache: Path | None = None
+    step: Step, protocol: str, real: str | None = None, asked: Measures = NOTHING, cache: Path | None = None
 ) -> dict[str, Any]:
     """Measure the averaged student of a running distillation.
 
@@ -487,15 +519,15 @@ def measure_step(
     rows = [Row("student", count, Guidance(), nfe, _sampler(step, count, Guidance()), lasting=False)]
     rules, seen = measuring(teacher, protocol, real)
     if not isinstance(rules, ImageProtocol):
-        found = evaluate(rows, rules)
+        found = evaluate(rows, rules, extra=asked.extra)
     else:
-        asked = asked_of(teacher, Path(), None, rules, split)
+        prompts = asked_of(teacher, Path(), None, rules, asked.split).prompts
         if seen is None:
             null = teacher.encode([""])
             best = step.method.guidance if null else Guidance()
             cost = total_nfe(TEACHER_STEPS, nfe_per_step(null, best))
             rows = [Row("teacher", TEACHER_STEPS, best, cost, _sampler(teacher, TEACHER_STEPS, best)), *rows]
-        found = evaluate_images(rows, rules, asked.prompts, seen, cache)
+        found = evaluate_images(rows, rules, prompts, seen, cache, extra=asked.extra)
     row = found["rows"][-1]
     values = {k: row[k] for k, metric in METRICS.items() if metric.curve and row.get(k) is not None}
     ends = {f"{k}_{end}": row["intervals"][k][i] for k in values if k in row["intervals"] for i, end in enumerate(ENDS)}

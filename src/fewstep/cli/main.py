@@ -226,7 +226,8 @@ def evaluate(
         typer.Option(
             help=(
                 "More metrics, with commas between: clip_score, pickscore, hpsv21, aesthetic, imagereward, hpsv3, "
-                "vqascore, vbench, fid, fid_torch, kid, lpips. A line says what each needs."
+                "vqascore, geneval, dpg, vbench, vbench_actions, vbench_objects, fid, fid_torch, kid, lpips. A line "
+                "says what each needs."
             )
         ),
     ] = "",
@@ -239,7 +240,11 @@ def evaluate(
         typer.Option(help="Other students to run beside it, with commas between: names of public ones, or folders."),
     ] = "",
     install: Annotated[
-        str | None, typer.Option(help="Make what a metric needs: imagereward, hpsv3, vqascore, vbench or lpips.")
+        str | None,
+        typer.Option(
+            help="Make what a metric needs: imagereward, hpsv3, vqascore, dpg, vbench, vbench_objects, lpips or "
+            "inception."
+        ),
     ] = None,
 ) -> None:
     """Measure a student beside its teacher and write eval.json."""

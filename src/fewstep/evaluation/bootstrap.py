@@ -14,6 +14,7 @@ from torch import Tensor
 DRAWS = 200
 FEW_DRAWS = 20  # of numbers that take seconds
 LEVEL = 0.95
+MOSTLY = 0.9  # least share of the draws that have a number, for an interval: few prompts may not be drawn at all
 BLOCK = 4  # images of a class that are drawn together, where there are few classes and many images of each
 Interval = tuple[float, float]
 
@@ -44,6 +45,10 @@ class Groups:
     def images(self, drawn: Tensor) -> Tensor:
         """Return the indices of all images of these groups."""
         return torch.cat([self.rows[g] for g in drawn.tolist()])
+
+    def among(self, there: Tensor) -> "Groups":
+        """Return the groups of the images that are there [n]."""
+        return Groups(tuple(rows[there[rows]] for rows in self.rows if bool(there[rows].any())))
 
     def means(self, values: Tensor) -> Tensor:
         """Return the mean of values [n] within every group, [G]."""
@@ -93,7 +98,7 @@ def intervals(
 ) -> dict[str, Interval]:
     """Return the interval of every number.
 
-    `drawn` are the numbers on drawn prompts, draw by draw. Numbers that are missing in a draw have no interval.
+    `drawn` are the numbers on drawn prompts, draw by draw. Numbers that many draws lack have no interval.
     """
     found: dict[str, list[float]] = defaultdict(list)
     several_of = list(drawn)
@@ -104,7 +109,7 @@ def intervals(
     return {
         key: ends(float(values[key]), torch.tensor(several))
         for key, several in found.items()
-        if len(several) == len(several_of) and values.get(key) is not None
+        if len(several) >= MOSTLY * len(several_of) and values.get(key) is not None
     }
 
 
@@ -123,12 +128,17 @@ class Paired:
 
 
 def paired(own: Tensor, other: Tensor, groups: Groups, better: str) -> Paired:
-    """Compare the values [n] of two rows; `better` is `low` or `high`."""
+    """Compare the values [n] of two rows; `better` is `low` or `high`.
+
+    Images without a value, NaN, are left out; at least one has to have one.
+    """
     gap = (own - other).double()
+    there = gap.isfinite()
+    groups = groups.among(there)
     won = ((gap > 0) if better == "high" else (gap < 0)).double() + 0.5 * (gap == 0).double()
     found: list[tuple[float, Interval]] = []
     for each in (won, gap):
-        mean, size = float(each.mean()), torch.tensor([len(rows) for rows in groups.rows]).double()
+        mean, size = float(each[there].mean()), torch.tensor([len(rows) for rows in groups.rows]).double()
         total, chosen = groups.means(each) * size, groups.draws()
         drawn = total[chosen].sum(1) / size[chosen].sum(1)
         found.append((mean, interval(mean, drawn) if len(groups) > 1 else (mean, mean)))

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..hashes import sha256_of
 from ..reading import reading
-from . import lpips, weights
-from .scorer import DIMENSIONS
+from . import dpg, inception, lpips, vbench, weights
+from .scorer import ACTIONS, DIMENSIONS, OBJECTS, Scorer
 from .scorers import pil_images
 
 PLACE = "FEWSTEP_ENVIRONMENTS"  # environment variable: a folder of virtual environments
@@ -47,8 +47,10 @@ for line in sys.stdin:
 class Environment:
     """A score in an environment of its own.
 
-    `code` runs there and defines `score(paths, prompts)`, a list of numbers of images, or of `clips`. Scores of one
-    package share the environment `home`; by default it has the score's name.
+    `code` runs there and defines `score(paths, prompts)`, a list of numbers of images, or of `clips`, in which NaN says
+    that a prompt is not asked for. Scores of one package share the environment `home`; by default it has the score's
+    name. `built` are installed after the others, from sources that need them. The score is `of` one list of prompts, or
+    of any. `file` is fetched from `url` into the folder of weights.
     """
 
     key: str
@@ -56,6 +58,10 @@ class Environment:
     code: str
     home: str = ""
     clips: bool = False
+    built: tuple[str, ...] = ()
+    of: str = ""
+    file: Path | None = None
+    url: str = ""
 
     @property
     def folder(self) -> str:
@@ -63,43 +69,22 @@ class Environment:
         return self.home or self.key
 
 
-VBENCH = "vbench"  # the environment of all its dimensions
-# VBench loads its networks for every call: here once, as a process has one dimension.
-VBENCH_CODE = """
-import importlib, json, os, tempfile
-import torch
-from vbench import VBench
-dimension = {dimension!r}
-def once(load):
-    kept = []
-    def first(*args, **options):
-        if not kept:
-            kept.append(load(*args, **options))
-        return kept[0]
-    return first
-module = importlib.import_module("vbench." + dimension)
-for name in ("MotionSmoothness", "DynamicDegree", "MUSIQ", "get_aesthetic_model"):
-    if name in vars(module):
-        setattr(module, name, once(vars(module)[name]))
-if "clip" in vars(module):
-    module.clip.load = once(module.clip.load)
-torch.hub.load = once(torch.hub.load)
-device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-scale = 100 if dimension == "imaging_quality" else 1
-def score(paths, prompts):
-    with tempfile.TemporaryDirectory() as out:
-        judge, folder = VBench(device, "", out), os.path.dirname(paths[0])
-        judge.evaluate(folder, "x", dimension_list=[dimension], mode="custom_input")
-        with open(os.path.join(out, "x_eval_results.json")) as file:
-            each = json.load(file)[dimension][1]
-    found = {{os.path.basename(one["video_path"]): float(one["video_results"]) / scale for one in each}}
-    return [found[os.path.basename(path)] for path in paths]
-"""
+# What fetches a file, in an environment: it is told the place, and has the address.
+FETCH = "import sys, urllib.request\nurllib.request.urlretrieve({url!r}, sys.argv[1])\n"
+DETECTRON = "detectron2 @ git+https://github.com/facebookresearch/detectron2.git"
 
 
 def _vbench(dimension: str) -> Environment:
-    requirements = ("torch", "torchvision", "vbench==0.1.5")
-    return Environment(f"vbench_{dimension}", requirements, VBENCH_CODE.format(dimension=dimension), VBENCH, clips=True)
+    built = (DETECTRON,) if dimension in OBJECTS else ()
+    return Environment(
+        f"vbench_{dimension}",
+        ("torch", "torchvision", "vbench==0.1.5", "setuptools<70"),  # openai-clip imports pkg_resources
+        vbench.code_of(dimension),
+        "vbench_objects" if built else "vbench",
+        clips=True,
+        built=built,
+        of=vbench.LIST if dimension in ACTIONS + OBJECTS else "",
+    )
 
 
 ENVIRONMENTS = {
@@ -130,14 +115,22 @@ ENVIRONMENTS = {
             "def score(paths, prompts):\n"
             "    return [model(images=[a], texts=[b])[0][0].item() for a, b in zip(paths, prompts)]\n",
         ),
-        *map(_vbench, DIMENSIONS),
+        Environment(
+            "dpg",
+            ("torch", "torchvision", "modelscope[framework]==1.40.2", "transformers<4.47", "timm", "numpy<2"),
+            dpg.CODE,
+            of=dpg.LIST,
+            file=dpg.FILE,
+            url=dpg.URL,
+        ),
+        *map(_vbench, (*DIMENSIONS, *ACTIONS, *OBJECTS)),
     )
 }
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A file of weights, made once from those of a package.
+    """A file of weights, fetched, or made once from a package's.
 
     `code` runs in an environment that is deleted afterwards, and writes the file that it is told. `file` is its place
     in the folder of weights.
@@ -162,6 +155,7 @@ CONVERSIONS = {
             "tensors = lpips.LPIPS(net='alex', verbose=False).state_dict()\n"
             "save_file({k: v.contiguous() for k, v in tensors.items() if not k.startswith('lins.')}, sys.argv[1])\n",
         ),
+        Conversion("inception", (), inception.FILE, FETCH.format(url=inception.URL)),
     )
 }
 
@@ -186,15 +180,26 @@ def install(key: str) -> Path:
         raise ValueError(f"--install: got {key}; choose one of {', '.join(known)}")
     folder, python = place() / key, str(python_of(key))
     _run([sys.executable, "-m", "venv", "--clear", str(folder)], key)
-    _run([python, "-m", "pip", "install", "--quiet", *known[key].requirements], key)
-    if key in CONVERSIONS:
-        file = weights.place() / CONVERSIONS[key].file
-        file.parent.mkdir(parents=True, exist_ok=True)
-        _run([python, "-c", CONVERSIONS[key].code, str(file)], key)
+    pip, wanted = [python, "-m", "pip", "install", "--quiet"], known[key]
+    if wanted.requirements:
+        _run([*pip, *wanted.requirements], key)
+    if isinstance(wanted, Conversion):
+        _run([python, "-c", wanted.code, str(file := _placed(wanted.file))], key)
         shutil.rmtree(folder)
         return file
+    if wanted.built:
+        _run([*pip, "--no-build-isolation", *wanted.built], key)
+    if wanted.file is not None:
+        _run([python, "-c", FETCH.format(url=wanted.url), str(_placed(wanted.file))], key)
     (folder / PACKAGES).write_text(_run([python, "-m", "pip", "freeze"], key), encoding="utf-8")
     return folder
+
+
+def _placed(file: Path) -> Path:
+    """Return the place of a file of weights, and make its folder."""
+    placed = weights.place() / file
+    placed.parent.mkdir(parents=True, exist_ok=True)
+    return placed
 
 
 def _run(command: Sequence[str], key: str) -> str:
@@ -219,6 +224,7 @@ class EnvironmentScorer:
     code: str
     weights: Mapping[str, str] = field(default_factory=dict)
     write_clip: Callable[[Path, Tensor], object] | None = None
+    of: str = ""
     process: "subprocess.Popen[str] | None" = None
 
     @property
@@ -232,6 +238,10 @@ class EnvironmentScorer:
         Returns [B] of images [B, 3, H, W], or of clips [B, F, 3, H, W], in [0, 1]. Raises ValueError where the process
         ends without an answer.
         """
+        return self.ask(images, range(len(images)), prompts)
+
+    def ask(self, images: Tensor, of: Sequence[int], texts: Sequence[str]) -> Tensor:
+        """Score each text [Q] with the image or clip `of` it."""
         with tempfile.TemporaryDirectory(prefix="fewstep-scores-") as name:
             folder, ending = Path(name), "png" if self.write_clip is None else "mp4"
             (folder / "seen").mkdir()
@@ -243,7 +253,7 @@ class EnvironmentScorer:
                 for path, clip in zip(paths, images, strict=True):
                     self.write_clip(path, clip)
             answer, request = folder / "answer.json", folder / "request.json"
-            asked = {"images": [str(p) for p in paths], "prompts": list(prompts), "answer": str(answer)}
+            asked = {"images": [str(paths[i]) for i in of], "prompts": list(texts), "answer": str(answer)}
             request.write_text(json.dumps(asked), encoding="utf-8")
             self._ask(str(request))
             with reading(f"--metrics {self.key}: its answer", f"run: fewstep evaluate --install {self._environment()}"):
@@ -283,7 +293,7 @@ class EnvironmentScorer:
             self.process = None
 
 
-def environment_scorer(key: str, write_clip: Callable[[Path, Tensor], object]) -> EnvironmentScorer:
+def environment_scorer(key: str, write_clip: Callable[[Path, Tensor], object]) -> Scorer:
     """Return the score of an environment that is there.
 
     `write_clip` writes one clip as mp4. Raises ValueError in one line where the environment is not there.
@@ -296,4 +306,8 @@ def environment_scorer(key: str, write_clip: Callable[[Path, Tensor], object]) -
             f"run: fewstep evaluate --install {known.folder}"
         )
     record = {f"environments/{known.folder}/{PACKAGES}": sha256_of(packages)}
-    return EnvironmentScorer(key, python, known.code, record, write_clip if known.clips else None)
+    found = EnvironmentScorer(key, python, known.code, record, write_clip if known.clips else None, known.of)
+    if key != dpg.LIST:
+        return found
+    questions = weights.place() / dpg.FILE
+    return dpg.DpgScorer(dpg.read_questions(questions), found, {str(dpg.FILE): sha256_of(questions)})

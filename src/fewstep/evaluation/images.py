@@ -37,7 +37,7 @@ from .plan import digest, seed_of
 from .prompt_lists import LISTS, PromptList
 from .protocols import Row, best_teacher, compared, measured_rows
 from .reference import VARIANCE
-from .scorer import NO_EXTRA, Extra, require_extra
+from .scorer import NO_EXTRA, Extra, require_extra, require_list
 
 
 @dataclass(frozen=True)
@@ -250,6 +250,7 @@ def evaluate_images(
     if real is None and best is None:
         raise ValueError(f"protocol {protocol.name}: there is no teacher to compare with, nor real images; pass some")
     require_extra(extra, protocol.name, count, real is not None)
+    require_list(extra, protocol.name, "" if protocol.prompts is None else protocol.prompts.name)
     drawn, gauge = asked(protocol, classes), FeatureExtractor(Roots(), colours=False, extra=extra)
     stamp = {"prompts_sha256": digest(drawn.prompts), "seeds_sha256": digest(drawn.seeds)}
     measured = measured_rows(rows, drawn, gauge, [*stamp.values(), "roots"], protocol.batch, cache, progress)

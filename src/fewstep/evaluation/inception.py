@@ -19,7 +19,7 @@ from ..reading import reading
 from .distances import Moments
 from .weights import place
 
-FILE = "inception-2015-12-05.pt"
+FILE = Path("inception", "inception-2015-12-05.pt")
 URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 SIZE, BATCH = 299, 16
 
@@ -79,13 +79,16 @@ def load_inception(metric: str) -> Inception:
 
     It resizes images as the metric says. Raises ValueError in one line where the file is not there.
     """
-    file = place() / "inception" / FILE
+    file = place() / FILE
     if not file.is_file():
-        raise ValueError(f"--metrics {metric}: its network is not here; put {URL} into {file.parent}")
+        raise ValueError(
+            f"--metrics {metric}: its network is not here; put {URL} into {file.parent}, "
+            "or run: fewstep evaluate --install inception"
+        )
     with reading(f"weights {file}:", "fetch it again"):
         network = torch.jit.load(str(file), map_location="cpu").eval()
     resize = torch_resize if metric == "fid_torch" else clean_resize
-    return Inception(network.layers, resize, {f"inception/{FILE}": sha256_of(file)})
+    return Inception(network.layers, resize, {FILE.as_posix(): sha256_of(file)})
 
 
 def read_statistics(file: Path) -> Moments:

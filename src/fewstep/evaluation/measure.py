@@ -35,8 +35,9 @@ class Measured:
     """Measurements of the first n images.
 
     `embeddings` [n, K], colour histograms `colours` [n, 125] (or [n, 0]) and appearance `looks` [n, 7]; of each
-    batch the `seconds` per image and the largest `memory` in MiB. `scores` [n, S] are those of S scorers, and `deep`
-    [n, D] other features, and `thumbnails` [n, 3 * 64 * 64] small copies; all three may have no columns.
+    batch the `seconds` per image and the largest `memory` in MiB. `scores` [n, S] are those of S scorers, NaN where one
+    is not of the prompt, `deep` [n, D] other features, and `thumbnails` [n, 3 * 64 * 64] small copies; all three may
+    have no columns.
     """
 
     embeddings: Tensor
@@ -241,7 +242,9 @@ def _read(file: Path, like: Measured) -> Measured:
         )
         if len(images) != 1 or len(batches) != 1 or 0 in images | batches:
             raise ValueError("its tensors are not of as many images")
-        if any(t.dtype != torch.float32 or not finite(t) for t in named.values()):
+        if any(t.dtype != torch.float32 for t in named.values()) or not all(
+            finite(t[~t.isnan()] if name == "scores" else t) for name, t in named.items()
+        ):
             raise ValueError("its numbers are not finite ones in float32")
         return found
 

@@ -92,7 +92,10 @@ class Measurement(Protocol):
 
     @property
     def scores(self) -> Mapping[str, Tensor]:
-        """Scores [n] by networks of others, under their keys."""
+        """Scores [n] by networks of others, under their keys.
+
+        NaN where one is not of the image's prompt.
+        """
 
     @property
     def deep(self) -> Tensor | None:

@@ -6,14 +6,16 @@ To add a metric, add an entry to `METRICS`.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .alignment import COLLAPSED, top
 from .distances import frechet_distance, kernel_distance, moments
 from .looks import column
 from .metric import Measurement, Metric
-from .scorer import DIMENSIONS
+from .scorer import ACTIONS, DIMENSIONS, OBJECTS, TASKS
 
+GENEVAL = "the prompts of `geneval`, Mask2Former and CLIP ViT-L/14"
 LEAST = 1e-4  # of a teacher's appearance, below which nothing is compared with it
 
 
@@ -89,17 +91,41 @@ def _lpips(m: Measurement) -> float | None:
     return None if m.perceptual is None else float(m.perceptual.double().mean())
 
 
-def _score(key: str, heading: str, digits: int, needs: str) -> Metric:
-    """Return the metric of a scorer: the mean over images."""
+def _score(key: str, heading: str, digits: int, needs: str, unit: str = "", factor: float = 1.0) -> Metric:
+    """Return the metric of a scorer: the mean over its images."""
 
     def each(m: Measurement) -> Tensor | None:
         return m.scores.get(key)
 
     def mean(m: Measurement) -> float | None:
-        scores = each(m)
-        return None if scores is None else float(scores.double().mean())
+        return _mean(each(m))
 
-    return Metric(key, heading, mean, digits, "high", curve=True, needs=needs, each=each)
+    return Metric(key, heading, mean, digits, "high", unit, factor, curve=True, needs=needs, each=each)
+
+
+def _mean(scores: Tensor | None) -> float | None:
+    found = None if scores is None else scores[~scores.isnan()]
+    return None if found is None or not len(found) else float(found.double().mean())
+
+
+def _tasks(m: Measurement) -> list[Tensor]:
+    """Return the scores of all of GenEval's tasks, or none."""
+    found = [m.scores[key] for task in TASKS if (key := f"geneval_{task}") in m.scores]
+    return found if len(found) == len(TASKS) else []
+
+
+def _geneval_each(m: Measurement) -> Tensor | None:
+    return torch.stack(tasks).nansum(0) if (tasks := _tasks(m)) else None
+
+
+def _geneval(m: Measurement) -> float | None:
+    """Return the mean over tasks, of those that the prompts are of."""
+    means = [mean for scores in _tasks(m) if (mean := _mean(scores)) is not None]
+    return sum(means) / len(means) if means else None
+
+
+def _vbench(dimension: str, needs: str) -> Metric:
+    return _score(f"vbench_{dimension}", f"VBench, {dimension.replace('_', ' ')}", 3, needs)
 
 
 def _drift(key: str, heading: str, compute: Callable[[Measurement], float | None]) -> Metric:
@@ -215,12 +241,15 @@ METRICS: dict[str, Metric] = {
         _score("pickscore", "PickScore", 2, "PickScore v1"),
         _score("imagereward", "ImageReward", 3, "ImageReward, in an environment of its own"),
         _score("aesthetic", "Aesthetic score", 2, "LAION's predictor, version 2"),
+        Metric("geneval", "GenEval", _geneval, 3, "high", curve=True, needs=GENEVAL, each=_geneval_each),
+        *(_score(f"geneval_{task}", f"GenEval, {task.replace('_', ' ')}", 3, GENEVAL) for task in TASKS),
+        _score("dpg", "DPG-Bench", 1, "the prompts of `dpg`, mPLUG in an environment of its own", "%", 100),
         _score("vqascore", "VQAScore", 3, "VQAScore, in an environment of its own"),
+        *(_vbench(name, "videos, VBench in an environment of its own") for name in DIMENSIONS),
+        *(_vbench(name, "videos of the prompts of `vbench`, VBench in an environment of its own") for name in ACTIONS),
         *(
-            _score(
-                f"vbench_{name}", f"VBench, {name.replace('_', ' ')}", 3, "videos, VBench in an environment of its own"
-            )
-            for name in DIMENSIONS
+            _vbench(name, "videos of the prompts of `vbench`, VBench with detectron2 in an environment of its own")
+            for name in OBJECTS
         ),
         Metric("diversity", "Diversity", lambda m: m.diversity, 2, shown=False, printed=False, curve=True),
         Metric("diversity_ratio", "Diversity, teacher = 1", _diversity_ratio, 2, curve=True, needs="a teacher"),

@@ -24,7 +24,7 @@ from .metrics import DRAWN, METRICS, OTHERS, SLOW, values
 from .plan import EmojiProtocol, digest, plan
 from .quality import MetricSuite
 from .reference import FOLDER, load_reference
-from .scorer import NO_EXTRA, Extra
+from .scorer import NO_EXTRA, Extra, require_list
 
 REFERENCE = "4228312292527cfbffcd641eaf5df5757565bfad90002a8d6ed067dbd6705a42"
 
@@ -88,6 +88,7 @@ def evaluate(
         raise ValueError(
             f"--metrics: got fid or kid, protocol {protocol.name} has its own distance to real emoji; leave it out"
         )
+    require_list(extra, protocol.name, "")
     known = load_reference(reference)
     if known.sha256 != protocol.reference:
         found = f"the reference {reference} has hash {known.sha256[:12]}, expected {protocol.reference[:12]}"
@@ -184,6 +185,8 @@ def _paired(rows: Sequence[Row], whole: Sequence[Measurement], groups: Groups) -
             for metric in METRICS.values():
                 own, theirs = (None if metric.each is None else metric.each(whole[k]) for k in (i, j))
                 if own is None or theirs is None or metric.better is None:
+                    continue
+                if not bool((own - theirs).isfinite().any()):
                     continue
                 result = paired(own, theirs, groups, metric.better)
                 told = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(result).items()}

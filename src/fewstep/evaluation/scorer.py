@@ -20,13 +20,41 @@ DIMENSIONS = (  # of VBench, which it gives for any clips
     "aesthetic_quality",
     "imaging_quality",
 )
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")  # of GenEval
+ACTIONS = (  # dimensions that look for what VBench's own prompts name
+    "human_action",
+    "scene",
+    "appearance_style",
+    "temporal_style",
+    "overall_consistency",
+)
+OBJECTS = (  # the same with GRiT, which needs detectron2
+    "object_class",
+    "multiple_objects",
+    "color",
+    "spatial_relationship",
+)
+
+
+# Names of several metrics at once.
+SETS: dict[str, tuple[str, ...]] = {
+    "geneval": tuple(f"geneval_{task}" for task in TASKS),
+    "vbench": tuple(f"vbench_{name}" for name in DIMENSIONS),
+    "vbench_actions": tuple(f"vbench_{name}" for name in ACTIONS),
+    "vbench_objects": tuple(f"vbench_{name}" for name in OBJECTS),
+}
+
+
+def spelled(names: Sequence[str]) -> list[str]:
+    """Return the metrics' own names, in place of those of sets."""
+    return [key for name in names for key in SETS.get(name, (name,))]
 
 
 class Scorer(Protocol):
     """Anything that gives each image a number.
 
     `key` is that of the metric. `weights` are the hashes of its files, which eval.json records. With `clips` it scores
-    clips as a whole, and no images.
+    clips as a whole, and no images. It may know the prompts `of` one list alone; empty stands for any prompts.
     """
 
     @property
@@ -35,11 +63,13 @@ class Scorer(Protocol):
     def weights(self) -> Mapping[str, str]: ...
     @property
     def clips(self) -> bool: ...
+    @property
+    def of(self) -> str: ...
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the scores [B] of images.
+        """Return the scores [B] of images or clips.
 
-        [B, 3, H, W], or of clips [B, F, 3, H, W].
+        Images are [B, 3, H, W], clips [B, F, 3, H, W]. NaN where a prompt does not ask for what is scored.
         """
 
     def close(self) -> None:
@@ -108,6 +138,19 @@ class Extra:
 
 
 NO_EXTRA = Extra()
+
+
+def require_list(extra: Extra, protocol: str, prompts: str) -> None:
+    """Check that scorers that know one list of prompts get that one.
+
+    `prompts` is the protocol's list; empty where the prompts are others. Raises ValueError.
+    """
+    for scorer in extra.scorers:
+        if scorer.of not in ("", prompts):
+            raise ValueError(
+                f"--metrics {scorer.key}: is of the prompts of {scorer.of}, got protocol {protocol}; "
+                f"choose --protocol {scorer.of} or {scorer.of}-quick"
+            )
 
 
 def require_extra(extra: Extra, protocol: str, count: int, real: bool) -> None:

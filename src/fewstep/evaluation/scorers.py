@@ -76,6 +76,22 @@ def cosine(images: Tensor, texts: Tensor) -> Tensor:
     return (F.normalize(images, dim=1) * F.normalize(texts, dim=1)).sum(1)
 
 
+def seen_by(model: CLIPModel | CLIPVisionModelWithProjection, pixels: Tensor) -> Tensor:
+    """Return the embeddings [B, D] of inputs [B, 3, S, S]."""
+    return model.visual_projection(model.vision_model(pixel_values=pixels.to(model.device)).pooler_output)
+
+
+def read_by(model: CLIPModel, tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
+    """Return the embeddings [B, D] of texts.
+
+    They are padded to the longest that the model reads.
+    """
+    length = model.config.text_config.max_position_embeddings
+    tokens = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    ids, mask = (tokens[name].to(model.device) for name in ("input_ids", "attention_mask"))
+    return model.text_projection(model.text_model(input_ids=ids, attention_mask=mask).pooler_output)
+
+
 @dataclass(frozen=True)
 class ClipScorer:
     """A score of the cosine between an image and its prompt.
@@ -90,19 +106,12 @@ class ClipScorer:
     fit: Fit = "crop"
     weights: Mapping[str, str] = field(default_factory=dict)
     clips: bool = False
+    of: str = ""
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        vision, text = self.model.vision_model, self.model.text_model
-        length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        )
         with torch.inference_mode():
-            device = self.model.device
-            pixels = clip_pixels(images, self.model.config.vision_config.image_size, self.fit).to(device)
-            seen = self.model.visual_projection(vision(pixel_values=pixels).pooler_output)
-            ids, mask = (tokens[name].to(device) for name in ("input_ids", "attention_mask"))
-            read = self.model.text_projection(text(input_ids=ids, attention_mask=mask).pooler_output)
+            seen = seen_by(self.model, clip_pixels(images, self.model.config.vision_config.image_size, self.fit))
+            read = read_by(self.model, self.tokenizer, prompts)
             return self.formula(cosine(seen, read), float(self.model.logit_scale.exp())).float().cpu()
 
     def close(self) -> None:
@@ -118,11 +127,11 @@ class AestheticScorer:
     head: nn.Module
     weights: Mapping[str, str] = field(default_factory=dict)
     clips: bool = False
+    of: str = ""
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         with torch.inference_mode():
-            pixels = clip_pixels(images, self.model.config.image_size).to(self.model.device)
-            seen = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
+            seen = seen_by(self.model, clip_pixels(images, self.model.config.image_size))
             return self.head(F.normalize(seen, dim=1)).squeeze(1).float().cpu()
 
     def close(self) -> None:
@@ -261,13 +270,13 @@ def clip_score(key: str = "clip_score") -> Scorer:
     The score is 100 times the cosine, or 0 where it is negative.
     """
     found = find_weights(CLIP_L, f"--metrics {key}")
-    return ClipScorer(key, _clip_of(found), _tokenizer(found), _clip_score, weights=found.record())
+    return ClipScorer(key, clip_of(found), tokenizer_of(found), _clip_score, weights=found.record())
 
 
 def pickscore(key: str = "pickscore") -> Scorer:
     """Load PickScore v1: the cosine times its logit scale."""
     found, tokens = find_weights(PICK, f"--metrics {key}"), find_weights(CLIP_H_TOKENS, f"--metrics {key}")
-    return ClipScorer(key, _clip_of(found), _tokenizer(tokens), _logit, weights=found.record() | tokens.record())
+    return ClipScorer(key, clip_of(found), tokenizer_of(tokens), _logit, weights=found.record() | tokens.record())
 
 
 def hpsv21(key: str = "hpsv21") -> Scorer:
@@ -279,7 +288,7 @@ def hpsv21(key: str = "hpsv21") -> Scorer:
     model = CLIPModel(vit_h())
     _fill(model, from_open_clip(_state(found.folder / "model.safetensors", "model.")), found)
     weights = found.record() | tokens.record()
-    return ClipScorer(key, model.eval().to(device()), _tokenizer(tokens), _percent, "pad", weights)
+    return ClipScorer(key, model.eval().to(device()), tokenizer_of(tokens), _percent, "pad", weights)
 
 
 def aesthetic(key: str = "aesthetic") -> Scorer:
@@ -300,12 +309,14 @@ SCORERS: dict[str, Callable[[], Scorer]] = {
 }
 
 
-def _clip_of(found: Found) -> CLIPModel:
+def clip_of(found: Found) -> CLIPModel:
+    """Read a CLIP model."""
     with reading(f"weights {found.folder}:", "fetch them again", "cannot be used"):
         return CLIPModel.from_pretrained(found.folder, local_files_only=True).eval().to(device())
 
 
-def _tokenizer(found: Found) -> CLIPTokenizer:
+def tokenizer_of(found: Found) -> CLIPTokenizer:
+    """Read a tokenizer."""
     with reading(f"tokenizer {found.folder}:", "fetch it again", "cannot be used"):
         return CLIPTokenizer.from_pretrained(found.folder, local_files_only=True)
 

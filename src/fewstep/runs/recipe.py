@@ -92,9 +92,12 @@ class PreviewConfig(Strict):
     protocol: str | None = None
     """Protocol under which the student is measured at every preview, for the report's quality curves."""
 
-    best_by: Literal["fd_real", "fd_teacher", "teacher_distance"] | None = None
-    """Number of the protocol that says which preview is the best, the lowest; by default `fd_real`, or `fd_teacher`
-    without real images."""
+    metrics: list[str] = Field(default_factory=list)
+    """Metrics of other packages that are measured at every preview too, such as `pickscore`; they take a protocol."""
+
+    best_by: str | None = None
+    """Number that says which preview is the best, the lowest or the highest as it goes; by default `fd_real`, or
+    `fd_teacher` without real images."""
 
     keep_best: bool = True
     """Whether the student of the best preview stays in the run's `best` folder."""

@@ -34,10 +34,10 @@ def require_reward(method: Method, given: Reward | None) -> None:
 
 
 def judges() -> dict[str, Callable[[], Scorer]]:
-    """Return what loads each metric that scores images, by its key."""
+    """Return what loads each metric that scores images of any prompts, by its key."""
     from ..evaluation.scorers import SCORERS  # imports transformers' models
 
-    apart = (key for key, known in ENVIRONMENTS.items() if not known.clips)
+    apart = (key for key, known in ENVIRONMENTS.items() if not known.clips and not known.of)
     return SCORERS | {key: partial(environment_scorer, key, write_mp4) for key in apart}
 
 
