@@ -1,120 +1,23 @@
-"""A whole small distillation in a browser: start, watch, stop, resume, sample, vote, export."""
+"""A whole small distillation in a browser: start, watch, stop, resume, sample, compare, vote, export."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import yaml
 from PIL import Image
 
-from fewstep.backbones import miniature
-from fewstep.backbones.unconditional import save_pixel_model
 from fewstep.studio.images import settings_in
-from tests import tiny
-from tests.browser import DESK, PHONE, Browser, browsing
+from tests.browser import DESK, PHONE, browsing
+from tests.studio.walker import CLASS, Walker, recipe, serving
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("gradio") is None, reason="needs gradio: pip install 'fewstep[studio]'"),
 ]
-CLASS = "<img src=x onerror=alert(1)> **cat**"  # a class, and so a prompt, with HTML and Markdown in it
 ITERATIONS = 600
-TAB = (
-    "[...document.querySelectorAll('button[role=tab]')].filter(e => e.checkVisibility({visibilityProperty: true}) && "
-    "e.textContent.trim() === arguments[0])[0]"
-)
-
-
-def recipe(folder: Path) -> Path:
-    """A recipe that trains a tiny pixel teacher of random weights for a while."""
-    teacher = folder / "pixels"
-    save_pixel_model(teacher, tiny.pixels((CLASS, "sea lion")).pipe.unet, miniature.scheduler(), (CLASS, "sea lion"))
-    (teacher / "prompts.txt").write_text(f"{CLASS}\nsea lion\n")
-    value = {
-        "kind": "distill",
-        "name": "walk",
-        "teacher": str(teacher),
-        "method": {"name": "tdm-unify", "steps": [2, 1], "guidance": 1.5, "warmup": 1},
-        "roles": {"rank": 2},
-        "train": {"iterations": ITERATIONS, "batch": 2, "lr": 1.0e-4, "fake_lr": 1.0e-3, "checkpoint_every": 20},
-        "preview": {"every": 100, "teacher_steps": 3, "prompts": [CLASS, "sea lion"]},
-    }
-    path = folder / "walk.yaml"
-    path.write_text(yaml.safe_dump(value))
-    return path
-
-
-def serving(folder: Path, *options: str) -> Iterator[str]:
-    """A studio of a folder, and its address."""
-    environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
-    server = subprocess.Popen(
-        [sys.executable, "-m", "fewstep.cli.main", "studio", str(folder / "runs"), "--no-browser", *options],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder, env=environment,
-    )  # fmt: skip
-    try:
-        assert server.stdout is not None
-        said = []
-        for line in server.stdout:
-            said.append(line)
-            if line.startswith("http://127.0.0.1:"):
-                break
-        else:
-            raise AssertionError("".join(said))
-        yield line.strip()
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(timeout=60)
-
-
-class Walker:
-    """A person at the page."""
-
-    def __init__(self, browser: Browser) -> None:
-        self.browser = browser
-
-    def tab(self, name: str) -> None:
-        self.browser.until(lambda: bool(self.browser.run(f"return !!({TAB})", name)))
-        self.browser.run(f"{TAB}.click()", name)
-
-    def text(self, selector: str) -> str:
-        found = self.browser.run("return document.querySelector(arguments[0])?.innerText ?? ''", selector)
-        return str(found)
-
-    def press(self, selector: str) -> None:
-        """A click, once the button may be pressed."""
-        self.browser.until(
-            lambda: bool(self.browser.run("return document.querySelector(arguments[0])?.disabled === false", selector)),
-            120,
-        )
-        self.browser.run("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", selector)
-        self.browser.click(selector)
-
-    def fill(self, block: str, text: str, *keys: str) -> None:
-        """A text in the place of what a field holds."""
-        field = f"{block} :is(input, textarea):not([type=file], [type=range])"
-        self.browser.run("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", field)
-        self.browser.click(field)
-        self.browser.chord("Control", "a")
-        self.browser.press("Backspace", *text, *keys)
-
-    def reads(self, selector: str, word: str, seconds: float = 240) -> None:
-        """Wait until a part of the page says something."""
-        try:
-            self.browser.until(lambda: word in self.text(selector), seconds)
-        except AssertionError as error:
-            raise AssertionError(f"{selector} reads {self.text(selector)!r}, not {word!r}") from error
-
-    def has(self, selector: str, seconds: float = 240) -> None:
-        """Wait until something is on the page."""
-        there = "return !!document.querySelector(arguments[0])"
-        self.browser.until(lambda: bool(self.browser.run(there, selector)), seconds)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +51,7 @@ def begin(walker: Walker, folder: Path) -> None:
     """Look at a recipe of one's own, and start it."""
     walker.reads("#queue", "No run yet")
     walker.tab("New")
-    walker.fill("#recipe", str(recipe(folder)), "Enter")
+    walker.fill("#recipe", str(recipe(folder, ITERATIONS)), "Enter")
     walker.reads("#about-recipe", "says nothing of itself")
     value = "return document.querySelector('#set-train-iterations input, #set-train-iterations textarea').value"
     walker.browser.until(lambda: walker.browser.run(value) == str(ITERATIONS))
@@ -158,7 +61,7 @@ def begin(walker: Walker, folder: Path) -> None:
     walker.fill("#name", "walk", "Tab")
     walker.fill("#more", "train.ema=0.9", "Tab")
     walker.press("#start")
-    walker.reads("#about", "walk", 60)
+    walker.reads("#about", "walk")
 
 
 def watch(walker: Walker) -> None:
@@ -183,7 +86,7 @@ def stop_and_resume(walker: Walker) -> None:
     walker.press("#resume")
     walker.reads("#done", "last checkpoint")
     walker.reads("#about", "training")
-    walker.reads("#about", "finished", 400)
+    walker.reads("#about", "finished")
     walker.reads("#log", "resuming")
     walker.press("#report")
     walker.reads("#done", "report.html")

@@ -36,10 +36,12 @@ from fewstep.studio.queue import Job, Line, added, read_jobs, removed
 from fewstep.studio.settings import (
     MAIN,
     Order,
+    Wish,
     changes,
     fitting,
     main_settings,
     order_of,
+    prompts_file,
     recipes,
     settings_of,
     verdict,
@@ -117,6 +119,14 @@ def test_facts_come_from_the_folder_while_it_trains_and_after(tmp_path: Path, sl
     assert state_of(facts_of(run)).word == "died"
     (run / "run.lock").unlink()
     assert state_of(facts_of(run)).word == "stopped"
+
+
+def test_times_that_are_no_numbers_are_passed_over(tmp_path: Path) -> None:
+    record(tmp_path)
+    log(tmp_path, {"iteration": 1, "seconds": 2.0}, {"iteration": 2, "seconds": float("nan")}, {"iteration": 3})
+    facts = facts_of(tmp_path)
+    assert (facts.done, facts.seconds, facts.pace) == (3, 2.0, 0.0)
+    assert "30 % of 10 · 2 s of training" in summary("mine", facts)
 
 
 def test_an_ended_child_that_nobody_waited_for_holds_nothing(tmp_path: Path) -> None:
@@ -365,18 +375,34 @@ def test_what_differs_from_the_recipe_is_set() -> None:
 
 def test_an_order_becomes_a_command_that_a_terminal_takes(tmp_path: Path) -> None:
     asked = main_settings("demo") | {"train.iterations": "90", "train.decay": "0"}
-    order = order_of(tmp_path, "mine", "demo", "emoji", "p.txt", asked, "train.ema=0.9")
+    order = order_of(tmp_path, Wish("demo", "emoji", "mine", lines="train.ema=0.9", main=asked), "p.txt")
     sets = ["--set", "train.iterations=90", "--set", "train.decay=0", "--set", "train.ema=0.9", "--teacher", "emoji"]
     assert order.distill() == ["distill", "demo", *sets, "--prompts", "p.txt", "--out", str(tmp_path / "mine")]
     assert order.distill(dry=True) == [*order.distill(), "--dry-run"]
     assert order.plan("24GiB") == ["plan", "demo", *sets, "--memory", "24GiB"]
     assert Order("demo", tmp_path).plan("") == ["plan", "demo"]
     with pytest.raises(ValueError, match=r"name: got '\.\./x'"):
-        order_of(tmp_path, "../x", "demo", "", "", {}, "")
+        order_of(tmp_path, Wish("demo", name="../x"), "")
     with pytest.raises(ValueError, match=r"train\.bacth"):
-        order_of(tmp_path, "x", "demo", "", "", {}, "train.bacth=1")
+        order_of(tmp_path, Wish("demo", name="x", lines="train.bacth=1"), "")
     assert "demo" in recipes()
     assert "emoji-teacher" not in recipes()
+
+
+def test_the_pages_fields_become_a_wish(tmp_path: Path) -> None:
+    fields = ["demo", None, " mine ", "a\nb\n", None, str(tmp_path / "own.csv"), "", *["1"] * (len(MAIN) - 1), None]
+    wish = Wish.of(fields)
+    assert (wish.recipe, wish.teacher, wish.name, wish.own_teacher) == ("demo", "", "mine", "emoji")
+    assert list(wish.main) == list(MAIN)
+    assert wish.main[MAIN[-1]] == ""
+    (tmp_path / "own.csv").write_text("prompt\nx\n")
+    kept = tmp_path / "runs" / "mine"
+    assert Path(prompts_file(wish, kept)).read_text() == "a\nb\n"
+    assert Path(prompts_file(replace(wish, pasted=""), kept)) == (tmp_path / "runs" / "mine-prompts.csv").resolve()
+    assert prompts_file(replace(wish, pasted="", dropped="", source="owner/name"), kept) == "owner/name"
+    assert prompts_file(replace(wish, pasted="", dropped=""), kept) == ""
+    with pytest.raises(ValueError, match="recipe: got none"):
+        Wish.of([None, *fields[1:]])
 
 
 def test_a_plan_is_told_in_plain_words() -> None:

@@ -29,6 +29,7 @@ LESS = {
     ),
     "train-teacher": "lower the batch of its fit, or its images' size",
     "sample": "sample fewer images at once (-n), or at a smaller size",
+    "studio": "sample fewer images at once, or stop a training that takes the memory",
 }
 WORD = re.compile(r"\S{400,}")  # longer than any path
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")

@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+from .faults import fault_of
 from .preflight import require_parent
 from .progress import console
 from .signals import Interrupted
@@ -33,7 +34,7 @@ def run_studio(folder: Path, host: str, port: int | None, password: str | None, 
     from ..studio.app import serve
 
     try:
-        _, address = serve(folder.resolve(), host, port, password or None, browser)
+        _, address = serve(folder.resolve(), host, port, password or None, browser, line_of)
     except OSError as error:
         raise ValueError(f"--port: {port or 'none'} is free at {host}; pass another --port") from error
     console.print(address)
@@ -44,6 +45,14 @@ def run_studio(folder: Path, host: str, port: int | None, password: str | None, 
             time.sleep(3600)
     except Interrupted:
         console.print("the studio is closed; trainings that it started go on")
+
+
+def line_of(error: Exception) -> str:
+    """Return the line for an error on the page.
+
+    One that nobody foresaw is logged in the working folder.
+    """
+    return fault_of(error).line.removeprefix("error: ")
 
 
 def loopback(host: str) -> bool:

@@ -269,12 +269,15 @@ def name_of(dtype: torch.dtype) -> str:
 FORMATS: dict[str, Format] = {
     "student": Format("a folder like final/, for fewstep, diffusers, ComfyUI and A1111", write_student, own=True),
     "kohya": Format(
-        "the same, its LoRA under kohya's names compared",
+        "the same, its LoRA under kohya's names compared, for ComfyUI, A1111 and sd-scripts",
         write_kohya,
         elsewhere="names the layers of diffusers' U-Nets",
     ),
-    "merged": Format("one network without LoRA", write_merged, whole=True, own=True),
+    "merged": Format("one network without LoRA, for fewstep and diffusers", write_merged, whole=True, own=True),
     "pipeline": Format(
-        "a whole diffusers folder that needs no base", write_pipeline, whole=True, elsewhere="is a diffusers pipeline"
+        "a whole diffusers folder that needs no base and no fewstep",
+        write_pipeline,
+        whole=True,
+        elsewhere="is a diffusers pipeline",
     ),
 }

@@ -2,6 +2,7 @@
 
 import hmac
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import gradio as gr
 
 from .. import __version__
 from . import compare, export, new, runs, sample, words
+from .faults import guard
 from .look import css, theme
 from .place import Place
 from .queue import Line
@@ -25,7 +27,7 @@ def page(place: Place) -> gr.Blocks:
         )
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Runs", id="runs"):
-                own_runs = runs.build(place)
+                own_runs = runs.build(place, blocks)
             with gr.Tab("New", id="new"):
                 own_new = new.build(place)
             with gr.Tab("Sample", id="sample") as own_sample:
@@ -44,16 +46,19 @@ def page(place: Place) -> gr.Blocks:
             lambda run: [gr.update(choices=runs.listed(place), value=run), gr.Tabs(selected="runs")],
             own_new.started, [own_runs.chosen, tabs], **private,
         )  # fmt: skip
+    guard(blocks, place.told)
     return blocks
 
 
-def serve(folder: Path, host: str, port: int | None, password: str | None, browser: bool) -> tuple[gr.Blocks, str]:
+def serve(
+    folder: Path, host: str, port: int | None, password: str | None, browser: bool, told: Callable[[Exception], str]
+) -> tuple[gr.Blocks, str]:
     """Start the server, and return the page and its address.
 
-    The server runs in threads of its own. The queue is looked at until the process ends. Raises OSError where the
-    port is taken.
+    The server runs in threads of its own. The queue is looked at until the process ends. `told` returns the line for
+    an error. Raises OSError where the port is taken.
     """
-    place = Place(folder, Line(folder))
+    place = Place(folder, Line(folder), told)
     blocks = page(place)
 
     def known(user: str, given: str) -> bool:

@@ -139,7 +139,7 @@ def build(place: Place, tab: gr.Tab) -> None:
     with gr.Row():
         students = gr.Dropdown(
             candidates(folder), value=[], multiselect=True, label="Students", elem_id="students", min_width=280,
-            info="Any number up to eight, also one of several step counts.",
+            info="Up to eight; a student counts once for each of its step counts.",
         )  # fmt: skip
         prompts = gr.Textbox(
             "6", label="Prompts", lines=2, max_lines=8, elem_id="compare-prompts", min_width=240,
@@ -160,7 +160,7 @@ def build(place: Place, tab: gr.Tab) -> None:
             studies(folder), value=None, label="Blind vote", elem_id="study", min_width=240,
             info="Made here. Nobody sees whose images they are.",
         )  # fmt: skip
-        counting = gr.Button("Count the votes", elem_id="count-votes", min_width=140)
+        counting = gr.Button("Count the votes", elem_id="count-votes", min_width=140, elem_classes="fs-low")
     told = gr.HTML(elem_id="counted")
     vote = gr.HTML(words.note("Choose students and make a blind vote, or choose one that is there."), elem_id="vote")
     answers = gr.Textbox("", visible=False)

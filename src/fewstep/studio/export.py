@@ -1,5 +1,6 @@
 """The tab of exports: a student as files for other programs, checked."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,9 +55,9 @@ def files_in(out: Path) -> list[tuple[str, str]]:
 
 
 def snippet(out: Path, card: StudentCard) -> str:
-    """Return Python code that samples from exported files.
+    """Return Python code that samples from exported files, wherever it is run.
 
-    The code is that of the folder's own page.
+    The code is that of the folder's own page, which is read beside the folder.
     """
     try:
         with reading(out / "README.md", "export it again"):
@@ -64,7 +65,7 @@ def snippet(out: Path, card: StudentCard) -> str:
     except ValueError:
         found = None
     if found is not None:
-        return found[1].strip()
+        return found[1].strip().replace(f'"{out.name}"', json.dumps(str(out)))
     return f"import fewstep\n\npipe = fewstep.load({card.base!r}, {str(out)!r})\nimage = pipe('a prompt').images[0]"
 
 

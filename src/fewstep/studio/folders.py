@@ -10,7 +10,7 @@ from typing import Any
 
 from ..names import visible
 from ..reading import object_in, reading, text_in
-from ..report.words import duration
+from ..report.words import duration, finite
 from ..student.card import StudentCard
 from ..student.folder import card_time, holds_student, read_card
 from ..training.lock import LOCK, Holder, holder_in, lives
@@ -178,7 +178,7 @@ def facts_of(run: Path) -> Facts:
     recipe = record_of(part).get("recipe") or {}
     asked, patience = (recipe.get("train") or {}).get("iterations"), (recipe.get("preview") or {}).get("patience")
     lines = _newest(part / METRICS)
-    timed = [(n["iteration"], n["seconds"]) for n in lines if isinstance(n.get("seconds"), int | float)]
+    timed = [(n["iteration"], n["seconds"]) for n in lines if finite(n.get("seconds"))]
     done = max((n["iteration"] for n in lines), default=0)
     recent = timed[-RECENT:]
     pace = (recent[-1][1] - recent[0][1]) / max(1, recent[-1][0] - recent[0][0]) if len(recent) > 1 else 0.0

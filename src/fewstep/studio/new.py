@@ -1,7 +1,6 @@
 """The tab of new trainings: teacher, recipe, prompts, memory, settings, start."""
 
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +8,15 @@ from typing import Any
 import gradio as gr
 import torch
 
-from ..atomic import write_text
 from ..backbones.base import takes_prompts
+from ..backbones.conformance import distilled_already
 from ..backbones.load import bundled
 from ..backbones.meta import meta_teacher
+from ..backbones.parts import DiffusersBackbone
 from ..backbones.reading import readings
 from ..data.prompt_lengths import said_of_prompts
 from ..data.prompts import find_prompts
-from ..names import fault_of, made_name
+from ..names import made_name, require_name
 from ..runs.recipe import DistillRecipe, read_recipe
 from ..training.saving import free_memory
 from . import words
@@ -24,7 +24,19 @@ from .commands import program, shown, stream
 from .folders import record_of, shown_name, stage_of
 from .place import Place
 from .queue import Job
-from .settings import MAIN, Order, about_recipe, fitting, main_settings, order_of, recipes, settings_of, verdict
+from .settings import (
+    MAIN,
+    Order,
+    Wish,
+    about_recipe,
+    fitting,
+    main_settings,
+    order_of,
+    prompts_file,
+    recipes,
+    settings_of,
+    verdict,
+)
 
 FIRST = "demo"  # the recipe that is shown first
 TEACHERS = (
@@ -67,18 +79,20 @@ def free_name(folder: Path, wished: str) -> str:
     return next(name for name in tries if not (folder / name).exists())
 
 
-def about_teacher(teacher: str) -> list[tuple[str, object]]:
-    """Return what a teacher is, without its weights.
+def about_teacher(teacher: str) -> tuple[list[tuple[str, object]], list[str]]:
+    """Return what a teacher is, without its weights, and warnings.
 
     Raises ValueError where it is none.
     """
     found = meta_teacher(teacher)
     count = sum(p.numel() for p in found.module.parameters())
-    return [
+    told = [
         ("Network", f"{type(found.module).__name__}, {count / 1e6:,.1f} M weights"),
         ("State", " x ".join(map(str, found.shape))),
         ("Prompts", "takes prompts" if takes_prompts(found) else "takes none"),
     ]
+    noted = distilled_already(found.pipe, teacher) if isinstance(found, DiffusersBackbone) else ""
+    return told, [noted] if noted else []
 
 
 def about_prompts(source: str, teacher: str) -> list[str]:
@@ -126,8 +140,8 @@ def build(place: Place) -> NewTab:
             name = gr.Textbox(free_name(folder, FIRST), label="Name", info="Folder of the run.", elem_id="name")
             teacher_facts = gr.HTML(elem_id="about-teacher")
             with gr.Row():
-                what = gr.Button("What is this teacher?", size="sm")
-                examine = gr.Button("Check it (loads it)", size="sm")
+                what = gr.Button("What is this teacher?", size="sm", elem_id="what-teacher")
+                examine = gr.Button("Check it (loads it)", size="sm", elem_id="check-teacher")
     with gr.Accordion("Prompts", open=False):
         gr.HTML(words.note("Without any the recipe's own are taken. Pasted prompts count over a file."))
         pasted = gr.Textbox("", label="Paste prompts, one a line", lines=4, max_lines=12, elem_id="pasted")
@@ -136,7 +150,7 @@ def build(place: Place) -> NewTab:
                 "", label="Or a file or a hub data set", info=".txt, .jsonl, .csv, .tsv, or owner/name."
             )
             upload = gr.File(
-                label="Or drop a file", file_types=[".txt", ".jsonl", ".csv", ".tsv"], type="filepath", height=110
+                label="Or drop a file", file_types=[".txt", ".jsonl", ".csv", ".tsv"], type="filepath", height=150
             )
         look = gr.Button("Look at the prompts", size="sm", elem_id="look-prompts")
         prompt_facts = gr.HTML(elem_id="about-prompts")
@@ -157,7 +171,7 @@ def build(place: Place) -> NewTab:
         with gr.Row():
             setting = gr.Dropdown(list(known), label="Any other setting", value=None, min_width=240)
             value = gr.Textbox("", label="Its value", min_width=160)
-            add = gr.Button("Set it", size="sm", min_width=90)
+            add = gr.Button("Set it", size="md", min_width=90, elem_classes="fs-low", elem_id="set-it")
         setting_facts = gr.HTML(elem_id="about-setting")
         more = gr.Textbox(
             "", label="More settings, one a line", lines=2, max_lines=16, placeholder="train.ema=0.99", elem_id="more",
@@ -165,10 +179,15 @@ def build(place: Place) -> NewTab:
         )  # fmt: skip
     with gr.Accordion("Memory", open=False):
         with gr.Row():
-            memory = gr.Textbox(card_memory(), label="Memory of the card", info="Of this machine where it has no card.")
-            count = gr.Button("Does it fit?", elem_id="plan")
+            memory = gr.Textbox(
+                card_memory(),
+                label="Memory of the card",
+                info="Of this machine where it has no card.",
+                elem_id="memory",
+            )
+            count = gr.Button("Does it fit?", elem_id="plan", elem_classes="fs-low")
         fits = gr.HTML(elem_id="fits")
-        use = gr.Button("Take the settings that fit", size="sm", visible=False)
+        use = gr.Button("Take the settings that fit", size="sm", visible=False, elem_id="take-fitting")
         found = gr.State([])
     with gr.Row():
         start = gr.Button("Start", variant="primary", elem_id="start")
@@ -204,140 +223,110 @@ def build(place: Place) -> NewTab:
         kept = [line for line in lines.splitlines() if line.strip() and line.partition("=")[0].strip() != key]
         return "\n".join([*kept, f"{key}={text.strip()}"] if key and text.strip() else kept)
 
-    def prompts_file(own: str, other: str, dropped: str | None, keep: Path | None) -> str:
-        """Return the file or data set of the prompts.
-
-        Pasted and dropped ones are written to a file first.
-        """
-        base = place.downloads / "prompts" if keep is None else keep.with_name(f"{keep.name}-prompts")
-        if own.strip():
-            return str(write_text(base.with_name(f"{base.name}.txt"), own.strip() + "\n").resolve())
-        if dropped:
-            kept = base.with_name(f"{base.name}{Path(dropped).suffix}")
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            return str(Path(shutil.copyfile(dropped, kept)).resolve())
-        return str(Path(other).resolve()) if other and Path(other).is_file() else other.strip()
-
-    def teacher_of(recipe_: str, teacher_: str) -> str:
-        return teacher_.strip() or read_recipe(recipe_, [], DistillRecipe).teacher
-
-    def tell_teacher(recipe_: str, teacher_: str | None) -> str:
+    def tell_teacher(*fields: Any) -> str:
         """Say what the teacher is."""
         try:
-            return words.facts(about_teacher(teacher_of(recipe_, teacher_ or "")))
+            found, noted = about_teacher(Wish.of(fields).own_teacher)
         except (ValueError, OSError) as error:
             return words.note(error, "bad")
+        return words.facts(found) + "".join(words.note(line, "warn") for line in noted)
 
-    def check_teacher(recipe_: str, teacher_: str | None) -> Iterator[str]:
+    def check_teacher(*fields: Any) -> Iterator[str]:
         """Load the teacher and check it."""
         try:
-            own = teacher_of(recipe_, teacher_ or "")
+            own = Wish.of(fields).own_teacher
         except (ValueError, OSError) as error:
             yield words.note(error, "bad")
             return
-        yield from (words.lines(one.said) for one in stream(["doctor", own]))
+        for one in stream(["doctor", own]):
+            told = "It is loaded and checked." if one.code is None else one.error or "Every check holds."
+            yield words.note(told, "bad" if one.error else "") + words.lines(one.said)
 
-    def tell_prompts(recipe_: str, teacher_: str | None, own: str, other: str, dropped: str | None) -> str:
+    def tell_prompts(*fields: Any) -> str:
         """Count the prompts and measure their length."""
         try:
-            file = prompts_file(own, other, dropped, None)
+            wish = Wish.of(fields)
+            file = prompts_file(wish, place.downloads / "pasted")
             if not file:
                 return words.note("No prompts are given; the recipe's own are taken.")
-            said_ = about_prompts(file, teacher_of(recipe_, teacher_ or ""))
+            return words.lines("\n".join(about_prompts(file, wish.own_teacher)))
         except (ValueError, OSError) as error:
             return words.note(error, "bad")
-        return words.lines("\n".join(said_))
 
-    def ordered(
-        recipe_: str, teacher_: str | None, name_: str, own: str, other: str, dropped: str | None, lines: str,
-        texts: Sequence[str], keep: bool,
-    ) -> Order:  # fmt: skip
-        asked = dict(zip(MAIN, texts, strict=True))
-        source_ = prompts_file(own, other, dropped, folder / made_name(name_) if keep else None)
-        return order_of(folder, name_.strip(), recipe_, (teacher_ or "").strip(), source_, asked, lines)
+    def ordered(wish: Wish, kept: Path) -> Order:
+        """Return what is asked for.
 
-    def plan(
-        recipe_: str, teacher_: str | None, name_: str, own: str, other: str, dropped: str | None, lines: str,
-        card: str, *texts: str,
-    ) -> Iterator[list[Any]]:  # fmt: skip
+        Dropped and pasted prompts are written beside `kept`.
+        """
+        return order_of(folder, wish, prompts_file(wish, kept))
+
+    def plan(card: str | None, *fields: Any) -> Iterator[list[Any]]:
         """Count the memory and find what fits."""
+        memory_ = (card or "").strip()
         try:
-            command = ordered(recipe_, teacher_, name_, own, other, dropped, lines, texts, False).plan(card.strip())
+            command = ordered(Wish.of(fields), place.downloads / "pasted").plan(memory_)
         except (ValueError, OSError) as error:
             yield [words.note(error, "bad"), gr.update(visible=False), []]
             return
         for one in stream(command):
             sets = fitting(one.said) if one.code == 0 else []
             new = [s for s in sets if s not in command]
-            told = (
-                words.note(verdict(one.said, one.code, card), "bad" if one.code else "") if one.code is not None else ""
-            )
-            yield [told + words.lines(one.said), gr.update(visible=bool(new)), new]
+            told = "It is counted; no weights are loaded." if one.code is None else verdict(one.said, one.code, memory_)
+            note = words.note(told, "bad" if one.code else "warn" if new else "")
+            yield [note + words.lines(one.said), gr.update(visible=bool(new)), new]
 
     def take_fitting(sets: list[str], lines: str) -> str:
         """Set what fits."""
         keys = {s.partition("=")[0] for s in sets}
         return "\n".join([*(x for x in lines.splitlines() if x.strip() and x.partition("=")[0] not in keys), *sets])
 
-    def rehearse(
-        recipe_: str,
-        teacher_: str | None,
-        name_: str,
-        own: str,
-        other: str,
-        dropped: str | None,
-        lines: str,
-        *texts: str,
-    ) -> Iterator[list[Any]]:
+    def rehearse(*fields: Any) -> Iterator[list[Any]]:
         """Run everything but the training."""
         try:
-            order = ordered(recipe_, teacher_, name_, own, other, dropped, lines, texts, False)
+            order = ordered(Wish.of(fields), place.downloads / "pasted")
         except (ValueError, OSError) as error:
             yield [words.note(error, "bad"), ""]
             return
         for one in stream(order.distill(dry=True)):
-            done = "It runs." if one.code is None else one.error or "Everything holds; Start trains it."
+            done = (
+                "Everything but the training runs."
+                if one.code is None
+                else one.error or "Everything holds; Start trains it."
+            )
             yield [words.note(done, "bad" if one.error else ""), words.lines(one.said)]
 
-    def begin(
-        recipe_: str,
-        teacher_: str | None,
-        name_: str,
-        own: str,
-        other: str,
-        dropped: str | None,
-        lines: str,
-        *texts: str,
-    ) -> list[Any]:
+    def begin(*fields: Any) -> list[Any]:
         """Start the training, or let it wait."""
         try:
-            if fault := fault_of(name_.strip()):
-                raise ValueError(f"name: got {name_!r}, which {fault}; choose another")
-            if (folder / name_.strip()).exists() or any(j.run == str(folder / name_) for j in place.line.jobs()):
-                raise ValueError(f"name: {name_} is there already; resume it in the tab Runs, or choose another name")
+            wish = Wish.of(fields)
+            run = folder / require_name(wish.name, "name")
+            if run.exists() or any(job.run == str(run) for job in place.line.jobs()):
+                raise ValueError(
+                    f"name: {wish.name} is there already; resume it in the tab Runs, or choose another name"
+                )
             folder.mkdir(parents=True, exist_ok=True)
-            order = ordered(recipe_, teacher_, name_, own, other, dropped, lines, texts, True)
-            other_run = place.line.put(Job(str(order.run), tuple(program(order.distill()))))
+            order = ordered(wish, run)
+            other = place.line.put(Job(str(run), tuple(program(order.distill()))))
         except (ValueError, OSError) as error:
             return [words.note(error, "bad"), "", gr.skip(), gr.skip()]
         told = "It has started; the tab Runs shows it."
-        if other_run is not None:
-            told = f"It waits in the queue until {shown_name(other_run, folder)} has ended."
+        if other is not None:
+            told = f"It waits in the queue until {shown_name(other, folder)} has ended."
         line = words.lines(f"$ {shown(order.distill())}")
-        return [words.note(told), line, str(order.run), free_name(folder, f"{name_.strip()}-2")]
+        return [words.note(told), line, str(run), free_name(folder, f"{wish.name}-2")]
 
     private: dict[str, Any] = {"api_visibility": "private"}
-    asked = [recipe, teacher, name, pasted, source, upload, more]
+    asked = [recipe, teacher, name, pasted, source, upload, more, *boxes]
     recipe.input(chosen_recipe, recipe, [about, setting, name, *boxes], show_progress="hidden", **private)
     setting.change(explain, [recipe, setting], setting_facts, show_progress="hidden", **private)
     add.click(added, [setting, value, more], more, **private)
-    what.click(tell_teacher, [recipe, teacher], teacher_facts, **private)
-    examine.click(check_teacher, [recipe, teacher], teacher_facts, **private)
-    look.click(tell_prompts, [recipe, teacher, pasted, source, upload], prompt_facts, **private)
-    count.click(plan, [*asked, memory, *boxes], [fits, use, found], **private)
+    what.click(tell_teacher, asked, teacher_facts, **private)
+    examine.click(check_teacher, asked, teacher_facts, **private)
+    look.click(tell_prompts, asked, prompt_facts, **private)
+    count.click(plan, [memory, *asked], [fits, use, found], **private)
     use.click(take_fitting, [found, more], more, **private)
-    dry.click(rehearse, [*asked, *boxes], [said, output], **private)
-    start.click(begin, [*asked, *boxes], [said, output, started, name], **private)
+    dry.click(rehearse, asked, [said, output], **private)
+    start.click(begin, asked, [said, output, started, name], **private)
     return NewTab(recipe, teacher, name, more, source, about, boxes, started)
 
 

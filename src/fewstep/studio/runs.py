@@ -198,7 +198,7 @@ def _changed(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
     return [gr.skip() if i < len(old) and old[i] == value else value for i, value in enumerate(new)]
 
 
-def build(place: Place) -> RunsTab:
+def build(place: Place, whole_page: gr.Blocks) -> RunsTab:
     """Build the tab."""
     folder = place.folder
     with gr.Row():
@@ -214,7 +214,7 @@ def build(place: Place) -> RunsTab:
             queue = gr.HTML(words.note(NONE), elem_id="queue")
             with gr.Accordion("Queue", open=False, visible=bool(place.line.jobs())) as waiting:
                 out = gr.Dropdown([], label="Waits", info="One run trains at a time; the others begin by themselves.")
-                take = gr.Button("Take it out of the queue", size="sm")
+                take = gr.Button("Take it out of the queue", size="sm", elem_id="take-out")
         with gr.Column(scale=3, min_width=300):
             about = gr.HTML(words.note(CHOOSE), elem_id="about")
             with gr.Row():
@@ -240,7 +240,7 @@ def build(place: Place) -> RunsTab:
                         label="Teacher | student: draw the line", format="png", type="pil", interactive=False,
                         elem_classes="fs-wipe", elem_id="wipe", max_height=420, buttons=["fullscreen"],
                     )  # fmt: skip
-                    rows = gr.HTML(words.note("No preview yet."), elem_id="strips")
+                    rows = gr.HTML(elem_id="strips")
                 with gr.Tab("Curves"):
                     curves = gr.HTML(words.note(CHOOSE), elem_id="curves")
                 with gr.Tab("Warnings"):
@@ -342,6 +342,11 @@ def build(place: Place) -> RunsTab:
             new,
         ]
 
+    def turned_away() -> list[Any]:
+        """Show nothing of the run before."""
+        read = words.note("It is read.")
+        return ["", words.note("Press Report to write it."), read, read, "", None, read, NOTHING]
+
     def which(run: str | None, at: float) -> str:
         found = previews(stage_of(Path(run))) if run else []
         if not found:
@@ -387,11 +392,15 @@ def build(place: Place) -> RunsTab:
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     slow_out = [curves, warned, at, prompt, row, when, slider, rows, seen]
-    fast.tick(look, [chosen, before], looked, **quiet)
-    slow.tick(look_slowly, [chosen, seen, at, prompt, row], slow_out, concurrency_id=PLOTS, **quiet)
-    chosen.change(look, [chosen, before], looked, **quiet)
-    chosen.change(look_slowly, [chosen, seen, at, prompt, row], slow_out, concurrency_id=PLOTS, **quiet)
-    chosen.change(lambda: ("", words.note("Press Report to write it.")), None, [done, page], **quiet)
+    slowly: dict[str, Any] = {
+        "fn": look_slowly, "inputs": [chosen, seen, at, prompt, row], "outputs": slow_out, "concurrency_id": PLOTS,
+        **quiet,
+    }  # fmt: skip
+    for begins in (whole_page.load, chosen.change, fast.tick):
+        begins(look, [chosen, before], looked, **quiet)
+    whole_page.load(**slowly)
+    slow.tick(**slowly)
+    chosen.change(turned_away, None, [done, page, curves, warned, when, slider, rows, seen], **quiet).then(**slowly)
     for part in (at, prompt, row):
         part.input(turn, [chosen, at, prompt, row], [when, slider, rows], trigger_mode="always_last", **quiet)
     halt.click(end, chosen, done, api_visibility="private")

@@ -34,6 +34,7 @@ from ..student.folder import card_time, read_card
 from ..student.student import Student
 from ..training.loop import default_device
 from . import words
+from .faults import PlainError, plainly
 from .folders import BEST, FINAL, record_of, student_names
 from .images import Settings, enlarged, settings_in, with_settings
 from .place import NETWORK, Place
@@ -41,6 +42,7 @@ from .place import NETWORK, Place
 OWN = "the student's own"
 TEACHER_STEPS = 50
 MOST = 16  # images at once
+BEGIN = "Images appear here: the student's beside its teacher's, from the same noise, with what they took."
 EMPTY = "No student yet. A run has one in its folder final/ as soon as it has finished, and in best/ while it trains."
 
 
@@ -145,14 +147,21 @@ def _seeds(asked: Settings) -> list[int]:
     return list(range(asked.seed, asked.seed + asked.count))
 
 
+def conditions(student: Student) -> list[int]:
+    """Return the step counts that a student can be told.
+
+    [0] for one that is told none.
+    """
+    return sorted(student.card.steps) if student.vectors and not student.card.guidance_scales else [0]
+
+
 def steps_grid(student: Student, asked: Settings) -> Image.Image:
     """Sample a student for every pair of its step counts.
 
     It is conditioned on the count of a row and sampled in that of a column (TDM, figure 10). A student without
     conditions has one row.
     """
-    counts = sorted(student.card.steps)
-    told = counts if student.vectors and not student.card.guidance_scales else [0]
+    counts, told = sorted(student.card.steps), conditions(student)
     prompt = prompt_for(student.backbone, asked.prompt)
     scale = asked.guidance if student.card.guidance_scales and asked.guidance is not None else 1.0
 
@@ -222,9 +231,16 @@ def build(place: Place, tab: gr.Tab) -> None:
                 info="Or the class of a class model.",
             )
             with gr.Row():
-                seed = gr.Number(0, label="Seed", precision=0, min_width=90, elem_id="seed")
+                seed = gr.Number(0, label="Seed", precision=0, min_width=90, elem_id="seed", info="Of the first.")
                 count = gr.Number(
-                    1, label="Images", precision=0, minimum=1, maximum=MOST, min_width=90, elem_id="count"
+                    1,
+                    label="Images",
+                    precision=0,
+                    minimum=1,
+                    maximum=MOST,
+                    min_width=90,
+                    elem_id="count",
+                    info="Of seeds in a row.",
                 )
             steps = gr.Slider(1, 8, 4, step=1, label="Steps", elem_id="steps")
             with gr.Row():
@@ -236,13 +252,13 @@ def build(place: Place, tab: gr.Tab) -> None:
             with gr.Row():
                 go = gr.Button("Sample", variant="primary", elem_id="go", min_width=120)
                 grid = gr.Button("Steps grid", elem_id="steps-grid", min_width=120)
-                free = gr.Button("Free its memory", elem_id="free", min_width=120)
+            free = gr.Button("Free its memory", size="sm", elem_id="free")
             dropped = gr.File(
                 label="Drop an image of the studio to take its settings", file_types=[".png"], type="filepath",
-                height=110, elem_id="dropped",
+                height=150, elem_id="dropped",
             )  # fmt: skip
         with gr.Column(scale=2, min_width=300):
-            said = gr.HTML(elem_id="sample-said")
+            said = gr.HTML(words.note(BEGIN), elem_id="sample-said")
             slider = gr.ImageSlider(
                 label="Teacher | student: draw the line", format="png", type="pil", interactive=False, visible=False,
                 elem_classes="fs-wipe", elem_id="sample-wipe", max_height=560, buttons=["fullscreen"],
@@ -252,7 +268,13 @@ def build(place: Place, tab: gr.Tab) -> None:
                 elem_id="gallery", interactive=False,
             )  # fmt: skip
             figure = gr.Image(
-                label="Steps grid", format="png", type="pil", interactive=False, visible=False, elem_id="grid"
+                label="Steps grid",
+                format="png",
+                type="pil",
+                interactive=False,
+                visible=False,
+                elem_id="grid",
+                buttons=["fullscreen"],
             )
             times = gr.HTML(elem_id="times")
             download = gr.DownloadButton("Download with its settings", visible=False, elem_id="download")
@@ -286,25 +308,25 @@ def build(place: Place, tab: gr.Tab) -> None:
 
     nothing = [gr.update(visible=False)] * 3
 
+    def failed(error: PlainError) -> list[Any]:
+        return [words.note(error, "bad"), *nothing, "", gr.update(visible=False)]
+
     def draw(*fields: Any) -> Iterator[list[Any]]:
         """Sample student and teacher."""
         try:
-            *own, with_teacher = fields
-            asked = settings_for(*own)
-            yield [words.note("The student is loaded."), *nothing, "", gr.update(visible=False)]
-            model, base_note = models.read(Path(asked.student))
-            yield [words.note("The student samples."), *nothing, "", gr.update(visible=False)]
-            drawn = [by_student(model, asked)]
-            if with_teacher:
-                yield [
-                    words.note("The teacher samples."),
-                    *nothing,
-                    words.table(HEADS, [drawn[0].row]),
-                    gr.update(visible=False),
-                ]
-                drawn.insert(0, by_teacher(model, asked))
-        except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-            yield [words.note(error, "bad"), *nothing, "", gr.update(visible=False)]
+            with plainly(place.told):
+                *own, with_teacher = fields
+                asked = settings_for(*own)
+                yield [words.note("The student is loaded."), *nothing, "", gr.update(visible=False)]
+                model, base_note = models.read(Path(asked.student))
+                yield [words.note("The student samples."), *nothing, "", gr.update(visible=False)]
+                drawn = [by_student(model, asked)]
+                if with_teacher:
+                    row = words.table(HEADS, [drawn[0].row])
+                    yield [words.note("The teacher samples."), *nothing, row, gr.update(visible=False)]
+                    drawn.insert(0, by_teacher(model, asked))
+        except PlainError as error:
+            yield failed(error)
             return
         yield finished(drawn, asked, model.card, base_note)
 
@@ -318,7 +340,9 @@ def build(place: Place, tab: gr.Tab) -> None:
         )  # fmt: skip
         told += words.note(base_note, "warn") if base_note else ""
         images = [
-            (enlarged(to_pil(x)), f"{d.name}, seed {asked.seed + i}") for d in drawn for i, x in enumerate(d.images)
+            (enlarged(to_pil(x)), f"{d.name.partition(',')[0]}, seed {asked.seed + i}")
+            for d in drawn
+            for i, x in enumerate(d.images)
         ]
         pair = (images[0][0], images[asked.count][0]) if len(drawn) > 1 else None
         alone = len(drawn) > 1 and asked.count == 1
@@ -334,15 +358,18 @@ def build(place: Place, tab: gr.Tab) -> None:
     def draw_steps(*fields: Any) -> Iterator[list[Any]]:
         """Sample the grid of step counts."""
         try:
-            asked = settings_for(*fields[:-1])
-            yield [words.note("The grid is sampled."), *nothing, "", gr.update(visible=False)]
-            model, _ = models.read(Path(asked.student))
-            made = steps_grid(model, asked)
-        except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-            yield [words.note(error, "bad"), *nothing, "", gr.update(visible=False)]
+            with plainly(place.told):
+                asked = settings_for(*fields[:-1])
+                yield [words.note("The grid is sampled."), *nothing, "", gr.update(visible=False)]
+                model, _ = models.read(Path(asked.student))
+                made = steps_grid(model, asked)
+        except PlainError as error:
+            yield failed(error)
             return
         file = write_bytes(place.downloads / f"fewstep-{asked.seed}-grid.png", with_settings(made, asked))
-        told = "Rows: the step count that it is told. Columns: the one it is sampled in."
+        told = "Columns: the step count that it is sampled in."
+        if len(conditions(model)) > 1:
+            told = f"Rows: the step count that it is told. {told}"
         yield [
             words.note(told),
             *nothing[:2],

@@ -1,8 +1,9 @@
 """A recipe's settings with their texts, and training commands."""
 
 import shlex
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from ..atomic import write_text
 from ..backbones.load import absolute
 from ..config_fields import allowed_text, field_texts
-from ..names import fault_of
+from ..names import require_name
 from ..reading import reading, text_in
 from ..recipes_path import recipe_names, recipe_path
 from ..runs.recipe import DistillRecipe, read_recipe
@@ -37,6 +39,40 @@ class Setting:
     value: str
     text: str
     allowed: str
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the fields of a new training hold.
+
+    Without a `teacher`, or `pasted`, `source` and `dropped` prompts, those of the recipe are meant. `main` are the
+    settings of `MAIN`; `lines` are settings `a.b=c`, which count over them.
+    """
+
+    recipe: str
+    teacher: str = ""
+    name: str = ""
+    pasted: str = ""
+    source: str = ""
+    dropped: str = ""
+    lines: str = ""
+    main: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, given: Sequence[str | None]) -> "Wish":
+        """Read the page's fields, of which an empty one may be None.
+
+        Raises ValueError without a recipe.
+        """
+        recipe, *own = ((text or "").strip() for text in given)
+        if not recipe:
+            raise ValueError("recipe: got none; choose one")
+        return cls(recipe, *own[: -len(MAIN)], main=dict(zip(MAIN, own[-len(MAIN) :], strict=True)))
+
+    @property
+    def own_teacher(self) -> str:
+        """The teacher that is asked for, or the recipe's."""
+        return self.teacher or read_recipe(self.recipe, [], DistillRecipe).teacher
 
 
 @dataclass(frozen=True)
@@ -145,22 +181,33 @@ def changes(base: Mapping[str, str], asked: Mapping[str, str], more: str) -> lis
     return [*own, *lines]
 
 
-def order_of(
-    folder: Path, name: str, recipe: str, teacher: str, prompts: str, asked: Mapping[str, str], more: str
-) -> Order:
+def prompts_file(wish: Wish, kept: Path) -> str:
+    """Return the file or the data set of the prompts.
+
+    Empty for the recipe's. Pasted and dropped ones are written to `KEPT-prompts` first, with an ending.
+    """
+    name = f"{kept.name}-prompts"
+    if wish.pasted:
+        return str(write_text(kept.with_name(f"{name}.txt"), f"{wish.pasted}\n").resolve())
+    if wish.dropped:
+        file = kept.with_name(f"{name}{Path(wish.dropped).suffix}")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return str(Path(shutil.copyfile(wish.dropped, file)).resolve())
+    return str(Path(wish.source).resolve()) if wish.source and Path(wish.source).is_file() else wish.source
+
+
+def order_of(folder: Path, wish: Wish, prompts: str) -> Order:
     """Return what is asked for.
 
     Paths are whole, so that the training can be resumed from anywhere. Raises ValueError for a name that no folder
     may have, and for settings that the recipe does not take.
     """
-    if fault := fault_of(name):
-        raise ValueError(f"name: got {name!r}, which {fault}; choose another")
-    own = str(Path(recipe).resolve()) if recipe.endswith((".yaml", ".yml")) else recipe
-    changed = changes(main_settings(recipe), asked, more)
-    order = Order(own, folder / name, absolute(teacher) if teacher else "", prompts, tuple(changed))
-    given = {k: v for k, v in {"teacher": order.teacher, "prompts.source": prompts}.items() if v}
+    name, teacher = require_name(wish.name, "name"), absolute(wish.teacher) if wish.teacher else ""
+    own = str(Path(wish.recipe).resolve()) if wish.recipe.endswith((".yaml", ".yml")) else wish.recipe
+    changed = changes(main_settings(wish.recipe), wish.main, wish.lines)
+    given = {k: v for k, v in {"teacher": teacher, "prompts.source": prompts}.items() if v}
     read_recipe(own, changed, DistillRecipe, given)
-    return order
+    return Order(own, folder / name, teacher, prompts, tuple(changed))
 
 
 def main_settings(recipe: str, changed: Sequence[str] = ()) -> dict[str, str]:

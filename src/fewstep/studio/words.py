@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from ..names import visible
 from ..reading import reason
 
+WIDE = 18  # letters of a value that one column holds
+
 
 def text(value: object) -> str:
     """Return a value as text for a page, whatever it holds."""
@@ -26,8 +28,15 @@ def lines(said: str, empty: str = "") -> str:
 
 
 def facts(pairs: Sequence[tuple[str, object]]) -> str:
-    """Return names and values as a list."""
-    inner = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in pairs)
+    """Return names and values as a list.
+
+    Long values have a line of their own.
+    """
+    kinds = (' class="fs-wide"' if len(str(value)) > WIDE else "" for _, value in pairs)
+    inner = "".join(
+        f"<div{kind}><dt>{text(name)}</dt><dd>{text(value)}</dd></div>"
+        for kind, (name, value) in zip(kinds, pairs, strict=True)
+    )
     return f'<dl class="fs-facts">{inner}</dl>' if pairs else ""
 
 
