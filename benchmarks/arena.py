@@ -438,16 +438,16 @@ def page(record: Record) -> str:
         lines.append([steps, solver, f"{guidance:g}", *shown(own), len(own)])
     parts.append("## The teacher\n\n" + markdown(["steps", "solver", "guidance", *head], lines))
     for count in COUNTS:
-        lines = []
+        ranked: list[tuple[float, list[object]]] = []
         for key, racer in RACERS.items():
             if own := of(record, key, count):
                 its, took = (statistics.mean(r[k] for r in own) for k in ("iterations", "seconds"))
                 found = [r["measured"][str(count)] for r in own]
-                line = [racer.label, f"{own[0]['rate']:g}", f"{its:.0f}", f"{took:.1f}", *shown(found), len(own)]
-                lines.append((statistics.mean(m["fd"] for m in found), line))
-        if lines:
+                told = [racer.label, f"{own[0]['rate']:g}", f"{its:.0f}", f"{took:.1f}"]
+                ranked.append((statistics.mean(m["fd"] for m in found), [*told, *shown(found), len(own)]))
+        if ranked:
             title = f"## {count} step{'s' if count > 1 else ''}, {seconds_of(record):g} CPU seconds each"
-            table = markdown(["method", "rate", "iterations", "CPU s", *head], [line for _, line in sorted(lines)])
+            table = markdown(["method", "rate", "iterations", "CPU s", *head], [line for _, line in sorted(ranked)])
             figure = "![FD over CPU seconds, seed 0](../docs/arena.png)\n\n" if count == max(COUNTS) else ""
             parts.append(f"{title}\n\n{figure}{table}")
     return "\n\n".join([*parts, *settings_part(record), *rewards_part(record), *search_part(record)]) + "\n"
@@ -644,9 +644,7 @@ def main() -> None:
     plot(a)
 
 
-def raced(
-    arena: Arena, stage: str, seed: int, rows: Sequence[Facts], paces: dict[str, float]
-) -> Iterator[Facts]:
+def raced(arena: Arena, stage: str, seed: int, rows: Sequence[Facts], paces: dict[str, float]) -> Iterator[Facts]:
     """Run the trainings of a stage that are not in the table."""
     for cell in cells(stage, rows, seed):
         if cell.key in arena.a.keys and not any(

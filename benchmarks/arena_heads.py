@@ -204,7 +204,8 @@ def headed(
     teacher: Backbone,
     paths: Trajectories,
     fresh: Trajectories,
-    kind: type[SpanHead | SharedHead], rows: bool,
+    kind: type[SpanHead | SharedHead],
+    rows: bool,
     seed: int,
     iterations: int,
 ) -> dict[int, float]:

@@ -367,7 +367,11 @@ def claims() -> str:
         raced("the same in equal time; LCM has real images there", "TDM tab. 1", "lcm"),
         here("LCM is poor under a deterministic solver", "TDM fig. 8", "lcm", "4 steps, tested with ddim"),
         here(
-            "100 iterations of TDM restore it", "TDM fig. 8", "lcm", "4 steps, tested with ddim", "rescued",
+            "100 iterations of TDM restore it",
+            "TDM fig. 8",
+            "lcm",
+            "4 steps, tested with ddim",
+            "rescued",
             "4 steps, tested with ddim",
         ),
         here("TDM is better than SiD", "TDM tab. 1", "sid"),
@@ -385,43 +389,68 @@ def claims() -> str:
         ),
         here("the Huber surrogate is better than the normalised square", "TDM tab. 5", "no-surrogate", four, "unify"),
         paired("the same in the arena", "TDM tab. 5", "l2", better=False),
-        compared("DPM-Solver++ samples better than DDIM", "TDM tab. 6", _fd("tdm-4", "4 steps, tested with dpmpp"), tdm,
-                 EMOJI_NOISE, emoji),
+        compared(
+            "DPM-Solver++ samples better than DDIM",
+            "TDM tab. 6",
+            _fd("tdm-4", "4 steps, tested with dpmpp"),
+            tdm,
+            EMOJI_NOISE,
+            emoji,
+        ),
         paired("the same in the arena", "TDM tab. 6", "sample-dpmpp"),
         here("matching noisy samples is better than clean ones, all else equal", "TDM tab. 7", "clean-segment"),
         here("the same with tau over all times", "TDM tab. 7", "clean", "4 steps, tested with ddim"),
         here("the Fisher divergence is better than reverse KL", "TDM tab. 8", "tdm-4", four, "fisher"),
         raced("the same in the arena", "TDM tab. 8", "tdm", 4, "tdm-fisher"),
-        ["one student for 1, 2 and 4 steps serves 4 as well as its own", "TDM tab. 5",
-         verdict(_fd("unify", four), tdm, EMOJI_NOISE, level=True),
-         f"FD {spread(_fd('unify', four))} next to {spread(tdm)}", emoji],
+        [
+            "one student for 1, 2 and 4 steps serves 4 as well as its own",
+            "TDM tab. 5",
+            verdict(_fd("unify", four), tdm, EMOJI_NOISE, level=True),
+            f"FD {spread(_fd('unify', four))} next to {spread(tdm)}",
+            emoji,
+        ],
         raced("TDM after half the time of LCM is better than LCM", "TDM fig. 8", "lcm", 4, "after-lcm"),
         paired("an adversarial term on real images helps", "TDM eq. 16", "gan-real"),
         *(
-            compared(f"in {name} TDM's LoRA keeps more of the style than {rival}'s", "TDM tab. 2", style(name)[0],
-                     theirs, EMOJI_NOISE, "`finetunes.md`")
+            compared(
+                f"in {name} TDM's LoRA keeps more of the style than {rival}'s",
+                "TDM tab. 2",
+                style(name)[0],
+                theirs,
+                EMOJI_NOISE,
+                "`finetunes.md`",
+            )
             for name in ("twemoji", "fluent")
             for rival, theirs in (("LCM", style(name)[1]), ("DMD2", style(name)[2]))
         ),
         unmeasured("HPS, aesthetic and CLIP scores of SD 1.5, SDXL, PixArt", "TDM tab. 1", "no GPU, no weights"),
         unmeasured("users prefer the student to its teacher", "TDM abstract", "no users; `fewstep compare` asks them"),
         unmeasured("500 iterations and two A800 hours are enough", "TDM abstract", "no GPU"),
-        unmeasured("fine-tuning first is better than an adversarial term on the same images", "TDM tab. 1, 3",
-                   "there is no set of better images"),
+        unmeasured(
+            "fine-tuning first is better than an adversarial term on the same images",
+            "TDM tab. 1, 3",
+            "there is no set of better images",
+        ),
         unmeasured("VBench rises from 80.91 to 81.65", "TDM tab. 4", "no CogVideoX weights; a tiny one in `video.md`"),
         [
-            "most of DDIM's excess at 2 calls goes, 97 of 100 parts", "TrajP-L abstract",
+            "most of DDIM's excess at 2 calls goes, 97 of 100 parts",
+            "TrajP-L abstract",
             "holds" if taken("trajp-l", "fd_classes") >= 97 else "does not hold",
-            f"{taken('trajp-l', 'fd_classes'):.1f} of 100 on the pixel teacher", "`trajpl.md`",
+            f"{taken('trajp-l', 'fd_classes'):.1f} of 100 on the pixel teacher",
+            "`trajpl.md`",
         ],
         [
-            "head and LoRA together are better than each alone", "TrajP-L (reviews)",
+            "head and LoRA together are better than each alone",
+            "TrajP-L (reviews)",
             *trajpl_together(),
         ],
         [
-            "head and LoRA are better than LoRA alone on the pixel teacher", "TrajP-L (reviews)",
-            "holds in one of two" if (taken("trajp-l", "fd_classes") > taken("lora", "fd_classes"))
-            != (taken("trajp-l", "fd") > taken("lora", "fd")) else "see the numbers",
+            "head and LoRA are better than LoRA alone on the pixel teacher",
+            "TrajP-L (reviews)",
+            "holds in one of two"
+            if (taken("trajp-l", "fd_classes") > taken("lora", "fd_classes"))
+            != (taken("trajp-l", "fd") > taken("lora", "fd"))
+            else "see the numbers",
             f"{taken('trajp-l', 'fd_classes'):.1f} next to {taken('lora', 'fd_classes'):.1f} of 100 in a classifier's "
             f"features, {taken('trajp-l', 'fd'):.1f} next to {taken('lora', 'fd'):.1f} in EfficientNet-lite0's",
             "`trajpl.md`",

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from fewstep.atomic import write_json, write_text
 from fewstep.cli import distill as module
 from fewstep.cli.distill import training
+from fewstep.cli.evaluate import Measures
 from fewstep.cli.preflight import held
 from fewstep.cli.progress import console
 from fewstep.core.guidance import Guidance

@@ -201,7 +201,7 @@ def test_the_teacher_is_untouched_and_the_surrogate_is_not_the_fake_score() -> N
     cond, _ = conditions(teacher)
     x, t = torch.randn((BATCH, *teacher.shape), generator=seed()), torch.full((BATCH,), 500.0).double()
     with torch.no_grad():
-        drawn = {role: roles.denoise(role, cond)(x, t).x0 for role in ("student", "fake", "reward")}  # type: ignore[arg-type]
+        drawn = {role: roles.denoise(role, cond)(x, t).x0 for role in ("student", "fake", "reward")}
     assert not torch.equal(drawn["reward"], drawn["fake"])
     after = {k.replace(".base_layer.", "."): v for k, v in teacher.module.state_dict().items()}
     assert all(torch.equal(v, after[k]) for k, v in before.items())

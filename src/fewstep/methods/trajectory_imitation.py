@@ -94,7 +94,8 @@ def imitate(
 
     Each step starts from the student's state, not the teacher's, and has no gradient through earlier steps.
     """
-    schedule, solver, (states, known, cond) = roles.backbone.schedule, solver_named(method.solver), walk
+    schedule, solver = roles.backbone.schedule, solver_named(method.solver)
+    states, known, cond = walk.states, walk.times, walk.cond
     x = states[:, 0]
     history = SolverHistory(x / schedule.start_std)
     for start, end in pairwise(method.times(schedule, count)):

@@ -86,7 +86,7 @@ def about_teacher(teacher: str) -> tuple[list[tuple[str, object]], list[str]]:
     """
     found = meta_teacher(teacher)
     count = sum(p.numel() for p in found.module.parameters())
-    told = [
+    told: list[tuple[str, object]] = [
         ("Network", f"{type(found.module).__name__}, {count / 1e6:,.1f} M weights"),
         ("State", " x ".join(map(str, found.shape))),
         ("Prompts", "takes prompts" if takes_prompts(found) else "takes none"),

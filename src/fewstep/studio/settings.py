@@ -64,10 +64,11 @@ class Wish:
 
         Raises ValueError without a recipe.
         """
-        recipe, *own = ((text or "").strip() for text in given)
+        recipe, *rest = ((text or "").strip() for text in given)
         if not recipe:
             raise ValueError("recipe: got none; choose one")
-        return cls(recipe, *own[: -len(MAIN)], main=dict(zip(MAIN, own[-len(MAIN) :], strict=True)))
+        teacher, name, pasted, source, dropped, lines, *main = rest
+        return cls(recipe, teacher, name, pasted, source, dropped, lines, dict(zip(MAIN, main, strict=True)))
 
     @property
     def own_teacher(self) -> str:
