@@ -696,8 +696,9 @@ def surrogate_loss(method: DistributionMatching, roles: Roles, batch: TrainBatch
 def reward_term(
     method: DistributionMatching, roles: Roles, d: NoisedSample, null: Cond, prompts: tuple[str, ...]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the reward's part of the student's loss, before its weight, and what to log.
+    """Return the reward's part of the student's loss.
 
+    Before its weight, and with what to log.
     By gradient it is minus the reward of the clean estimate that the step makes. By preference it pulls the matched
     state along `f_surrogate - f_phi` at x_tau, with the same surrogate loss as matching: a surrogate goes far from the
     teacher, and `huber` takes its direction alone.

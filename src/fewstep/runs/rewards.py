@@ -19,9 +19,9 @@ from ..report.video import write_mp4
 
 
 def require_reward(method: Method, given: Reward | None) -> None:
-    """Check that a method has a reward where it needs one, and none elsewhere.
+    """Check that a method has a reward where it needs one.
 
-    Nothing is loaded. Raises ValueError.
+    Elsewhere it has none. Nothing is loaded. Raises ValueError.
     """
     if not isinstance(method, DistributionMatching) or not method.needs.reward:
         if given is not None:
@@ -61,9 +61,9 @@ def _require_named(config: RewardConfig, given: Reward | None) -> None:
 
 
 def reward_of(method: Method, given: Reward | None) -> Reward | None:
-    """Return the reward of a run, loaded; None where the method takes none.
+    """Return the reward of a run, loaded.
 
-    Raises ValueError where there is none, and where weights or an environment are missing.
+    None where the method takes none.     Raises ValueError where there is none, and where weights or an environment are missing.
     """
     require_reward(method, given)
     if given is not None or not isinstance(method, DistributionMatching) or not method.needs.reward:
