@@ -154,3 +154,5 @@ def test_decoding_goes_by_parts(tmp_path: Path) -> None:
     vae = teacher.pipe.vae  # type: ignore[attr-defined]
     one, many = (peak_bytes(partial(teacher.decode, torch.zeros(n, *teacher.shape)), vae) for n in (64, 640))
     assert many < 1.25 * one + 640 * 3 * 64 * 64 * 4 * 4
+    assert peak_bytes(partial(teacher.decode, torch.zeros(640, *teacher.shape)), vae, autoencoder=vae) == many
+    assert "decode" not in vars(vae)

@@ -355,7 +355,7 @@ def around_training(recipe: DistillRecipe, hollow: Hollow) -> Surroundings:
     return Surroundings(
         tuple(Phase(f"encoding prompts: {n} alone", b) for n, b in zip(encoders, alone, strict=True)),
         sum(module_bytes(n) for n in idle),
-        peak_bytes(lambda: sized.decode(images), *idle, known=known),
+        peak_bytes(lambda: sized.decode(images), *idle, known=known, autoencoder=sized.pipe.components.get("vae")),
     )
 
 

@@ -177,10 +177,20 @@ def sharded_bytes(whole: Training, roles: Roles, cards: int) -> Training:
     )
 
 
-def peak_bytes(run: Callable[[], object], *networks: nn.Module, known: Operations | None = None) -> int:
-    """Return the peak bytes of `run` and these networks."""
-    with MemoryTracker(known) as ledger:
+def peak_bytes(
+    run: Callable[[], object],
+    *networks: nn.Module,
+    known: Operations | None = None,
+    autoencoder: nn.Module | None = None,
+) -> int:
+    """Return the peak bytes of `run` and these networks.
+
+    An `autoencoder` decodes states of each shape once.
+    """
+    with MemoryTracker(known) as ledger, ExitStack() as counted:
         ledger.add(*(t for n in networks for t in (*n.parameters(), *n.buffers())))
+        if autoencoder is not None:
+            counted.enter_context(Calls([autoencoder], lambda: None, {}, called="decode").counted(ledger))
         run()
     return ledger.peak
 

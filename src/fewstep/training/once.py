@@ -226,7 +226,8 @@ class Calls:
 
     `role()` names whose trained weights the networks use. With `short`, calls of hollow networks are made once of each
     kind; the networks' layers then must not be looked at from outside. `most` is the largest need of a call without
-    gradient, in bytes. `known` are the costs of an earlier count, which this one adds to.
+    gradient, in bytes. `known` are the costs of an earlier count, which this one adds to. `called` is the method that
+    counts: `decode` of autoencoders, whose blocks are not looked into.
     """
 
     def __init__(
@@ -236,9 +237,10 @@ class Calls:
         trained: Trained,
         short: bool = True,
         known: "Costs | None" = None,
+        called: str = "forward",
     ) -> None:
         self.networks = list({id(n): n for n in networks}.values())
-        self.role, self.short, self.most = role, short, 0
+        self.role, self.short, self.most, self.called = role, short, 0, called
         self.known = Costs() if known is None else known
         self._whole = dict[object, tuple[Any, int]]()
         self._of = {id(p): r for r, own in trained.items() for p in own.values()}
@@ -248,22 +250,22 @@ class Calls:
     @contextmanager
     def counted(self, ledger: MemoryTracker) -> Iterator[None]:
         """Count the calls inside the block."""
-        put = list[nn.Module]()
+        put = list[tuple[nn.Module, str]]()
         for network in self.networks:
             like = next(network.parameters())
             short = self.short and isinstance(like, FakeTensor)
             casts = Casts(ledger, like) if short else None
-            if casts is not None:
+            if casts is not None and self.called == "forward":
                 for block in innermost_blocks(network):
                     block.forward = partial(self._block, ledger, casts, block, block.forward)
-                    put.append(block)
-            network.forward = partial(self._network, ledger, casts, network, network.forward)
-            put.append(network)
+                    put.append((block, "forward"))
+            setattr(network, self.called, partial(self._network, ledger, casts, network, getattr(network, self.called)))
+            put.append((network, self.called))
         try:
             yield
         finally:
-            for module in put:
-                del module.forward
+            for module, name in put:
+                delattr(module, name)
 
     def _network(
         self,
