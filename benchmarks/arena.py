@@ -29,6 +29,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from arena_teacher import (
@@ -571,8 +572,11 @@ def plot_rewards(record: Record, file: Path) -> None:
         if plain:
             axes.plot(*(statistics.mean(m[k] for m in plain) for k in (name, "fd")), "ks", label="plain TDM")
         axes.set(xlabel=f"{name} of the student's images", title=f"reward: {name}")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.legend(fontsize=8)
     panels[0].set(ylabel="FD to real images", yscale="log")
+    panels[0].set_yticks([4, 6, 10, 20], list(map(str, (4, 6, 10, 20))))
+    panels[0].minorticks_off()
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
