@@ -19,6 +19,7 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines()[1:])
 settings.register_profile("offline", database=None, deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("offline")
 signal.signal(
@@ -46,8 +47,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rehearse", action="store_true", help="run the tests marked gpu on a CPU")
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip the tests marked `gpu` where there is none."""
+    """Mark the tests that are listed as slow; skip those marked `gpu` where there is none."""
+    for item in items:
+        if item.nodeid in SLOW:
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available() or config.getoption("--rehearse"):
         return
     for item in items:

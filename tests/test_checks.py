@@ -17,6 +17,7 @@ from fewstep.objectives.denoising import denoising
 from fewstep.objectives.fisher import fisher
 from fewstep.objectives.regression import REGRESSION_LOSSES
 from fewstep.objectives.reverse_kl import SURROGATE_LOSSES
+from fewstep.objectives.rewards import group_preference
 
 from . import tiny
 
@@ -49,11 +50,14 @@ OBJECTIVES: dict[str, tuple[Objective, Inputs, tuple[int, ...]]] = {
     },
     "denoising": (denoising, states("x", "x", "n"), (0,)),
     "fisher": (fisher, states("x", "x", "x", "n"), (0, 1, 2)),
+    "group preference": (lambda e, r, a: group_preference(e, r, a, 1, 1.0), states("n", "n", "n"), (0,)),
     "r1": (penalty, states("x", "x"), (0, 1)),
 }
 
 
 HELPERS = {
+    "advantages",  # of a group of rewards, which it compares
+    "group_preference",  # above, with groups of one
     "fisher_loss",  # of a `MatchedState`: made of the objectives above
     "reverse_kl_loss",
     "GAN_LOSSES",

@@ -22,7 +22,14 @@ ALLOWED = {"file", "before", "import", "row", "try"}
 
 
 def test_every_task_is_there() -> None:
-    assert list(SECTIONS) == ["A surrogate loss", "A divergence", "A family of pipelines", "A solver", "A metric"]
+    assert list(SECTIONS) == [
+        "A surrogate loss",
+        "A reward",
+        "A divergence",
+        "A family of pipelines",
+        "A solver",
+        "A metric",
+    ]
 
 
 @pytest.mark.parametrize("name", SECTIONS)

@@ -147,3 +147,14 @@ def test_this_machine_is_in_reach() -> None:
         socket.create_connection(server.getsockname(), timeout=5) as client,
     ):
         assert client.getpeername() == server.getsockname()
+
+
+def test_every_listed_slow_test_is_there() -> None:
+    listed = read("tests/slow.txt").splitlines()[1:]
+    assert listed == sorted(set(listed))
+    gone = []
+    for node in listed:
+        file, _, name = node.partition("::")
+        if f"def {name.partition('[')[0]}(" not in read(file):
+            gone.append(node)
+    assert not gone

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from fewstep.backbones.base import Backbone
 from fewstep.cli.distill import drawing_of
@@ -16,6 +17,7 @@ from fewstep.data.prompts import embed
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.methods.method import Method
 from fewstep.methods.trajectory_imitation import TrajectoryImitation
+from fewstep.report.grids import draw_grid
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.runs import preview
 from fewstep.runs.preview import Drawing, Preview, labelled
@@ -73,10 +75,11 @@ def rows_shown(shown: Preview, roles: Roles, monkeypatch: pytest.MonkeyPatch) ->
     """What the grid of one preview holds."""
     seen: dict[str, torch.Tensor] = {}
 
-    def keep(_: object, images: torch.Tensor, labels: list[str], prompts: list[str]) -> None:
+    def keep(images: torch.Tensor, labels: list[str], prompts: list[str]) -> Image.Image:
         seen.update(zip(labels, images, strict=True))
+        return draw_grid(images, labels, prompts)
 
-    monkeypatch.setattr(preview, "write_grid", keep)
+    monkeypatch.setattr(preview, "draw_grid", keep)
     shown.folder = Path("samples")
     shown.show(roles, 1, shown.drawing.method)
     return seen

@@ -130,7 +130,7 @@ def test_an_update_before_the_number_that_is_not_finite_is_made(card: ModuleType
 
 def test_the_next_batches_are_drawn_while_the_card_still_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawn and sent before the host asks for this iteration's numbers, which it then waits for."""
-    events, draw, fetch = list[str](), Embeddings.draw, transfer.fetched
+    events, draw, fetch = list[str](), Embeddings.at, transfer.fetched
 
     def drawn(self: Embeddings, *arguments: Any) -> Cond:
         events.append("draw")
@@ -140,7 +140,7 @@ def test_the_next_batches_are_drawn_while_the_card_still_computes(monkeypatch: p
         events.append("wait")
         return fetch(values)
 
-    monkeypatch.setattr(Embeddings, "draw", drawn)
+    monkeypatch.setattr(Embeddings, "at", drawn)
     monkeypatch.setattr(loop, "fetched", fetched)
     list(training(None, TDM, share=True)[1])
     assert events == ["draw", "draw", "wait", "draw", "wait", "wait"]

@@ -34,7 +34,7 @@ def require_reward(method: Method, given: Reward | None) -> None:
 
 
 def judges() -> dict[str, Callable[[], Scorer]]:
-    """Return what loads each metric that scores images of any prompts, by its key."""
+    """Return what loads each metric that scores images."""
     from ..evaluation.scorers import SCORERS  # imports transformers' models
 
     found = dict[str, Callable[[], Scorer]](SCORERS)
