@@ -8,7 +8,7 @@ matplotlib's settings differ only while an SVG is written.
 import html
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from ..evaluation.metrics import OTHERS
 from .live import Metrics, series
 from .space import box_around, walls
 from .summary import at_equal_cost
@@ -140,13 +141,23 @@ def charts(metrics: Sequence[Metrics], rows: Sequence[Row], shape: Mapping[str, 
         coordinates(shape or {}),
         bend(shape or {}),
     )
-    walker, found = (shape or {}).get("sampled_from"), []
+    walker, found = (shape or {}).get("sampled_from"), list[Chart]()
     for i, ((title, caption), figure) in enumerate(zip(WORDS.items(), figures, strict=True)):
         if walker and i >= len(WORDS) - OF_TRAJECTORIES:
             title, caption = (w.replace("the teacher", f"the student in {walker}") for w in (title, caption))
         if figure is not None:
             found.append(Chart(title, caption, to_svg(figure, title)))
-    return found
+    return [*found, *of_packages(metrics, rows)]
+
+
+def of_packages(metrics: Sequence[Metrics], rows: Sequence[Row]) -> Iterator[Chart]:
+    """Yield a chart of each number of another package that was measured."""
+    for metric in OTHERS:
+        figure = quality(metrics, rows, metric.key, highest=metric.better == "high") if metric.curve else None
+        if figure is not None:
+            title = f"{metric.heading} along the training"
+            which = {"high": "higher", "low": "lower"}.get(metric.better or "", "neither end")
+            yield Chart(title, f"Of the student at every preview; {which} is better.", to_svg(figure, title))
 
 
 def losses(metrics: Sequence[Metrics]) -> Figure | None:
@@ -306,12 +317,14 @@ def explained(shape: Mapping[str, Any]) -> Figure | None:
     return axes.figure
 
 
-def quality(metrics: Sequence[Metrics], rows: Sequence[Row], key: str, percent: bool = False) -> Figure | None:
+def quality(
+    metrics: Sequence[Metrics], rows: Sequence[Row], key: str, percent: bool = False, highest: bool | None = None
+) -> Figure | None:
     """Plot `key` of the student at every evaluation.
 
     Horizontal lines are the teacher's best row at the student's cost, and the teacher's row with the most
     evaluations. The student that is measured during the training is the default student, the first of
-    `rows`. `percent` marks shares, of which more is better.
+    `rows`. `percent` marks shares. `highest` says whether more is better; of shares it is.
     """
     x, y = series(metrics, f"quality.{key}")
     if len(x) < 2:
@@ -325,7 +338,7 @@ def quality(metrics: Sequence[Metrics], rows: Sequence[Row], key: str, percent: 
         axes.fill_between(x, *([factor * v for v in end] for _, end in ends), color=STUDENT, alpha=0.15, lw=0)
     known = [r for r in rows if r.get("model") == "teacher" and finite(r.get(key)) and finite(r.get("nfe"))]
     student = next((r for r in rows if r.get("model") == "student"), {})
-    same = at_equal_cost(known, student, key, highest=percent)
+    same = at_equal_cost(known, student, key, highest=percent if highest is None else highest)
     full = max(known, key=lambda r: float(r["nfe"]), default=None)
     teachers = [r for r in (same, full) if r is not None]
     levels = [(f"teacher ({r['nfe']:g})", factor * r[key]) for r in (teachers[:1] if same is full else teachers)]
