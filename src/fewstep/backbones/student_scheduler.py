@@ -236,11 +236,9 @@ class SeededFlowScheduler(FlowMatchEulerDiscreteScheduler):
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **options: Any) -> Any:
         """Take one step. Returns what the stock scheduler returns."""
-        with torch.random.fork_rng(devices=[sample.device] if sample.device.type == "cuda" else []):
-            torch.manual_seed(0)
-            found = super().step(model_output, timestep, sample, *args, **options)
-            torch.manual_seed(0)
-            known = randn_tensor(sample.shape, device=sample.device)
+        first, again = (torch.Generator(sample.device).manual_seed(0) for _ in range(2))
+        found = super().step(model_output, timestep, sample, *args, generator=first, **options)
+        known = randn_tensor(sample.shape, generator=again, device=sample.device)
         change = self.sigmas[self.step_index].to(sample.device) * (
             noise_like(known, self.patch, self.generator) - known
         )
