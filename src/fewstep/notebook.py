@@ -102,10 +102,19 @@ class Board:
     def html(self, done: int, now: float, note: str = "", left: float | None = None) -> str:
         """Return what is shown."""
         if left is None:
-            left = (now - self.began) / max(1, done - self.first) * (self.total - done)
+            left = time_left(now - self.began, done - self.first, self.total - done)
         share = 100.0 * done / max(1, self.total)
-        text = f"{self.title}: {done:,} of {self.total:,}, {clock(left)} left{note and f'  {note}'}"
+        rest = "" if left is None else f", {clock(left)} left"
+        text = f"{self.title}: {done:,} of {self.total:,}{rest}{note and f'  {note}'}"
         return BAR.format(share=min(share, 100.0)) + as_html(text, png_of(self.image))
+
+
+def time_left(seconds: float, done: int, rest: int) -> float | None:
+    """Return the seconds that the rest takes.
+
+    At the speed of what was `done` in so many seconds; None where that is nothing.
+    """
+    return seconds / done * max(0, rest) if done > 0 else None
 
 
 def clock(seconds: float) -> str:

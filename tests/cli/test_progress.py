@@ -48,6 +48,15 @@ def test_a_log_has_a_line_at_first_and_then_the_time_left(
     assert said.splitlines()[0] == "hashing ..." and len(said.splitlines()) < 16, "the time between lines grows"
 
 
+def test_a_log_says_no_time_left_before_anything_is_done(capsys: pytest.CaptureFixture[str]) -> None:
+    with meter("evaluating, NFE", 23552) as bar:
+        bar.advance(0, {})
+        assert "left" not in until(capsys, r"^evaluating, NFE 0/23552 ")
+        time.sleep(0.2)
+        bar.advance(3200, {})
+        until(capsys, r"^evaluating, NFE 3200/23552 .*left 0:0\d$")
+
+
 def test_what_is_quick_says_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(progress, "PATIENCE", 30.0)
     with working("hashing"):

@@ -33,7 +33,7 @@ from rich.text import Text
 
 from ..findings import Check
 from ..names import visible
-from ..notebook import clock
+from ..notebook import clock, time_left
 from ..report.words import size as said_size
 
 CLOSED = 141  # exit status of a program whose reader has left: 128 + SIGPIPE
@@ -170,9 +170,9 @@ class Working:
 
     def __str__(self) -> str:
         so_far = time.monotonic() - self.began
-        if not self.total or not self.done:
+        left = time_left(so_far, self.done, self.total - self.done) if self.total else None
+        if left is None:
             return f"{self.title}: {clock(so_far)} so far"
-        left = so_far / self.done * max(0, self.total - self.done)
         return f"{self.title}: {100 * min(self.done, self.total) / self.total:.0f} %, {clock(left)} left"
 
 
@@ -226,8 +226,9 @@ class Meter:
             return
         if now - self.last_line >= self.between or done == self.total:
             self.last_line, self.between = now, min(2 * self.between, MOST_BETWEEN)
-            left = (now - self.began) / max(1, done - self.first) * (self.total - done)
-            console.print(f"{self.title} {done}/{self.total}  {note}  left {clock(left)}")
+            left = time_left(now - self.began, done - self.first, self.total - done)
+            rest = "" if left is None else f"  left {clock(left)}"
+            console.print(f"{self.title} {done}/{self.total}  {note}{rest}")
 
 
 @contextmanager
