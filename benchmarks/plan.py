@@ -25,6 +25,7 @@ from records import Facts, Record, about, markdown, new_record, origin, provenan
 ROOT = Path(__file__).resolve().parent.parent
 SEARCHED = {"qwenimage-tdm4-lora": "24GiB"}  # recipes that are planned for a card
 IMPORTS = "imports"
+COMMAND = "from fewstep.cli.main import run; run()"  # in older checkouts too, which `python -m fewstep` is not
 
 
 def planned() -> dict[str, str]:
@@ -51,15 +52,22 @@ def seconds(command: list[str], source: Path) -> tuple[float, float, str]:
 
 def row(recipe: str, named: str, source: Path, folder: Path) -> Facts:
     """Return one row."""
-    python = [sys.executable, "-c" if recipe == IMPORTS else "-m"]
     card = SEARCHED.get(recipe, "")
-    command = ["import fewstep.cli.plan"]
+    command = [sys.executable, "-c", "import fewstep.cli.plan"]
     if recipe != IMPORTS:
         teacher = configurations.write(configurations_of(recipe), folder)
-        command = ["fewstep", "plan", recipe, "--teacher", str(teacher), *(["--memory", card] if card else [])]
-    cpu, wall, said = seconds([*python, *command], source)
+        command[2:] = [COMMAND, "plan", recipe, "--teacher", str(teacher), *(["--memory", card] if card else [])]
+    cpu, wall, said = seconds(command, source)
     needed = [line.strip(" │").split("│")[-1].strip() for line in said.splitlines() if "needed (" in line]
-    return {"recipe": recipe, "as": named, "card": card, "cpu": cpu, "wall": wall, "needed": needed, **origin()}
+    return {"recipe": recipe, "as": named, "card": card, "cpu": cpu, "wall": wall, "needed": needed, **origin_of(source)}
+
+
+def origin_of(source: Path) -> dict[str, Facts]:
+    """Return hardware and versions of a row, with the commit of the checkout that was measured."""
+    found = origin()
+    of = ["git", "-C", str(source), "rev-parse", "--short=7", "HEAD"]
+    said = subprocess.run(of, capture_output=True, text=True, check=False).stdout.strip()
+    return {**found, "versions": {**found["versions"], **({"commit": said} if said else {})}}
 
 
 def configurations_of(recipe: str) -> str:

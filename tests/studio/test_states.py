@@ -98,21 +98,25 @@ class Buttons:
 
 
 @pytest.fixture(scope="module")
-def buttons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Buttons]:
+def built(tmp_path_factory: pytest.TempPathFactory) -> Buttons:
     from fewstep.studio.app import page
     from fewstep.studio.place import Place
     from fewstep.studio.queue import Line
 
+    folder = tmp_path_factory.mktemp("buttons") / "runs"
+    (folder / "old").mkdir(parents=True)
+    made = page(Place(folder, Line(folder), line_of))
+    return Buttons(folder, {own.fn.__name__: own.fn for own in made.fns.values() if own.fn is not None})
+
+
+@pytest.fixture
+def buttons(built: Buttons, monkeypatch: pytest.MonkeyPatch) -> Buttons:
     def never(argv: Sequence[str], run: Path) -> None:
         raise AssertionError(f"{run} was started")
 
-    folder = tmp_path_factory.mktemp("buttons") / "runs"
-    (folder / "old").mkdir(parents=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fewstep.studio.queue.run_apart", never)
-        patch.chdir(folder.parent)
-        built = page(Place(folder, Line(folder), line_of))
-        yield Buttons(folder, {own.fn.__name__: own.fn for own in built.fns.values() if own.fn is not None})
+    monkeypatch.setattr("fewstep.studio.queue.run_apart", never)
+    monkeypatch.chdir(built.folder.parent)
+    return built
 
 
 def said_by(handler: Callable[..., Any], *fields: Any) -> str:
