@@ -24,7 +24,35 @@ from .ledger import MemoryTracker, storage_bytes
 
 Trained = Mapping[Any, Mapping[str, nn.Parameter]]  # role -> name -> parameter
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
-OWN = ("forward", "layer_idx")  # attributes in which equal blocks differ
+OWN = ("forward", "layer_id", "layer_idx")  # attributes in which equal blocks differ
+
+
+@dataclass(frozen=True)
+class Part:
+    """An output, which lies from `offset` on in memory of `items` numbers; outputs of one `store` share it."""
+
+    kind: Kind
+    store: int
+    offset: int
+    items: int
+
+
+def parts_of(outputs: Sequence[Tensor]) -> tuple[Part, ...] | None:
+    """Return where outputs lie; None where some share memory under several types."""
+    stores = dict[int, int]()
+    parts = []
+    for t in outputs:
+        store = stores.setdefault(address(t), len(stores))
+        items = t.untyped_storage().nbytes() // t.element_size()
+        parts.append(Part(Kind.of(t), store, t.storage_offset(), items))
+    one_type = len({(part.store, part.kind.dtype) for part in parts}) == len(stores)
+    return tuple(parts) if one_type else None
+
+
+def placed(parts: Sequence[Part], like: Tensor) -> tuple[Tensor, ...]:
+    """Return outputs without numbers, in memory that they share as the measured ones did."""
+    memory = {part.store: like.new_empty(part.items, dtype=part.kind.dtype) for part in parts}
+    return tuple(memory[p.store].as_strided(p.kind.shape, p.kind.stride, p.offset) for p in parts)
 
 
 @dataclass(frozen=True)
@@ -36,7 +64,7 @@ class Cost:
     are those at the peak of the backward pass, beyond what is there before with the gradients of the outputs.
     """
 
-    outputs: tuple[Kind, ...]
+    outputs: tuple["Part", ...]
     places: tuple[int, ...]  # of the outputs in what the block returns; -1 for None
     spec: TreeSpec
     first: int
@@ -125,12 +153,12 @@ class Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ledger: MemoryTracker, cost: Cost, like: Tensor, *tensors: Tensor) -> tuple[Any, ...]:
         """Return outputs, and keep what the block keeps."""
-        outputs = tuple(kind.made(like) for kind in cost.outputs)
+        outputs = placed(cost.outputs, like)
         pairs = zip(cost.keeps, (*tensors[: len(cost.keeps) - len(outputs)], *outputs), strict=True)
         kept = like.new_empty(cost.kept, dtype=torch.uint8)
         ctx.save_for_backward(kept, *(t for keep, t in pairs if keep))
-        kinds = zip(cost.outputs, outputs, strict=True)
-        ctx.mark_non_differentiable(*(t for kind, t in kinds if not kind.graded))
+        each = zip(cost.outputs, outputs, strict=True)
+        ctx.mark_non_differentiable(*(t for part, t in each if not part.kind.graded))
         ctx.ledger, ctx.cost, ctx.like = ledger, cost, like
         return outputs
 
@@ -153,14 +181,14 @@ class End(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *outputs: Tensor) -> Tensor:
         """Return the number."""
-        ctx.kinds, ctx.like = [kind_of(t) for t in outputs], outputs[0].new_empty(())
+        ctx.kinds, ctx.like = [(t.shape, t.dtype) for t in outputs], outputs[0].new_empty(())
         return ctx.like.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs' gradients."""
-        return tuple(kind.made(ctx.like) for kind in ctx.kinds)
+        return tuple(ctx.like.new_empty(shape, dtype=dtype) for shape, dtype in ctx.kinds)
 
 
 def measured(
@@ -196,16 +224,15 @@ def measured(
         first = first or later
     told, out_spec = tree_flatten(found)
     made = list({id(t): t for t in told if isinstance(t, Tensor)}.values())
-    apart = len({address(t) for t in made} - known) == len(made)
+    parts = parts_of(made)
     ends = [t for t in made if t.requires_grad]
-    if not apart or not all(isinstance(t, Tensor | None) for t in told) or (graded and not ends):
+    if parts is None or {address(t) for t in made} & known or not all(isinstance(t, Tensor | None) for t in told) or (graded and not ends):
         return None
     places = tuple(-1 if t is None else next(i for i, own in enumerate(made) if own is t) for t in told)
-    kinds = tuple(Kind.of(t) for t in made)
     if not graded:
-        return Cost(kinds, places, out_spec, first, later, left)
+        return Cost(parts, places, out_spec, first, later, left)
     keeps = tuple(address(t) in seen for t in (*given, *made))
-    kept, incoming = remains - storage_bytes(*made), storage_bytes(*ends)
+    kept, incoming = remains - storage_bytes(*made), sum(t.nbytes for t in ends)
     end = End.apply(*ends)
     del found, told, made, ends
     wanted = [t for t in given if t.requires_grad] + list(own)
@@ -213,7 +240,7 @@ def measured(
     gradients, backward, _ = ledger.above(lambda: torch.autograd.grad(end, wanted, seed, allow_unused=True))
     rest = iter(gradients)
     each = tuple(kind_of(next(rest)) if t.requires_grad else None for t in (*given, *own))
-    return Cost(kinds, places, out_spec, first, later, left, kept, keeps, backward - incoming, each)
+    return Cost(parts, places, out_spec, first, later, left, kept, keeps, backward - incoming, each)
 
 
 def address(t: Tensor) -> int:
@@ -329,7 +356,7 @@ class Calls:
             casts.made[name] = like.new_empty(cost.casts, dtype=torch.uint8) if cost.casts else None
         if graded:
             return cost.returned(Once.apply(ledger, cost, like, *tensors, *own))
-        return cost.returned([kind.made(like) for kind in cost.outputs])
+        return cost.returned(placed(cost.outputs, like))
 
     def _trained(self, block: nn.Module, role: object) -> list[nn.Parameter]:
         """Return the weights of a block that a role trains."""
