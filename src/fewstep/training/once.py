@@ -73,7 +73,7 @@ class Cost:
     kept: int = 0
     keeps: tuple[bool, ...] = ()
     backward: int = 0
-    gradients: tuple[object, ...] = ()  # kinds, of inputs and trained weights; None where there is none
+    gradients: tuple["Part | None", ...] = ()  # of inputs and trained weights; None where there is none
 
     def returned(self, outputs: Sequence[Tensor]) -> Any:
         """Return the outputs as the block returns them."""
@@ -169,7 +169,8 @@ class Once(torch.autograd.Function):
         kept, *_rest = ctx.saved_tensors  # a checkpointed block is computed again here
         ctx.ledger.reach(ctx.cost.backward)
         ctx.ledger.forget(kept)
-        return None, None, None, *(k.made(ctx.like) if isinstance(k, Kind) else None for k in ctx.cost.gradients)
+        gradients = iter(placed([part for part in ctx.cost.gradients if part is not None], ctx.like))
+        return None, None, None, *(None if part is None else next(gradients) for part in ctx.cost.gradients)
 
 
 class End(torch.autograd.Function):
@@ -189,6 +190,18 @@ class End(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs' gradients."""
         return tuple(ctx.like.new_empty(shape, dtype=dtype) for shape, dtype in ctx.kinds)
+
+
+def hollowed(ledger: MemoryTracker, like: FakeTensor, value: Any) -> Any:
+    """Return a tensor with numbers as one without, and all else unchanged.
+
+    Layers before the first weights would calculate with its numbers.
+    """
+    if not isinstance(value, Tensor) or isinstance(value, FakeTensor) or value.requires_grad:
+        return value
+    fake = like.fake_mode.from_tensor(value)
+    ledger.forget(fake)  # the one with numbers counts
+    return fake
 
 
 def measured(
@@ -226,7 +239,8 @@ def measured(
     made = list({id(t): t for t in told if isinstance(t, Tensor)}.values())
     parts = parts_of(made)
     ends = [t for t in made if t.requires_grad]
-    if parts is None or {address(t) for t in made} & known or not all(isinstance(t, Tensor | None) for t in told) or (graded and not ends):
+    shared = any(address(t) in known for t in made)
+    if parts is None or shared or not all(isinstance(t, Tensor | None) for t in told) or (graded and not ends):
         return None
     places = tuple(-1 if t is None else next(i for i, own in enumerate(made) if own is t) for t in told)
     if not graded:
@@ -238,8 +252,10 @@ def measured(
     wanted = [t for t in given if t.requires_grad] + list(own)
     seed = torch.ones_like(end)
     gradients, backward, _ = ledger.above(lambda: torch.autograd.grad(end, wanted, seed, allow_unused=True))
-    rest = iter(gradients)
-    each = tuple(kind_of(next(rest)) if t.requires_grad else None for t in (*given, *own))
+    if (left_parts := parts_of([g for g in gradients if g is not None])) is None:
+        return None
+    rest, of = iter(gradients), iter(left_parts)
+    each = tuple(next(of) if t.requires_grad and next(rest) is not None else None for t in (*given, *own))
     return Cost(parts, places, out_spec, first, later, left, kept, keeps, backward - incoming, each)
 
 
@@ -305,6 +321,7 @@ class Calls:
     ) -> Any:
         if casts is not None:
             casts.look()
+            args, kwargs = tree_map(partial(hollowed, ledger, next(network.parameters())), (args, kwargs))
         if torch.is_grad_enabled():
             return forward(*args, **kwargs)
         key = (id(network), self.role(), *map(kind_of, tree_leaves((args, kwargs))))
