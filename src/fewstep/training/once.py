@@ -200,12 +200,13 @@ def hollowed(ledger: MemoryTracker, like: FakeTensor, value: Any) -> Any:
     if not isinstance(value, Tensor) or isinstance(value, FakeTensor) or value.requires_grad:
         return value
     fake = like.fake_mode.from_tensor(value)
-    ledger.forget(fake)  # the one with numbers counts
+    ledger.add(fake)  # beside the one with numbers; else each view of it would count
     return fake
 
 
 def measured(
     ledger: MemoryTracker,
+    like: FakeTensor,
     forward: Callable[..., Any],
     leaves: Sequence[object],
     spec: TreeSpec,
@@ -218,7 +219,10 @@ def measured(
     With `casting` it is made twice: a first call may leave casts of trained weights. None where the outputs are no new
     tensors.
     """
-    inputs = [v.detach().requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v for v in leaves]
+    inputs = [
+        hollowed(ledger, like, v.detach()).requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v
+        for v in leaves
+    ]
     given = [v for v in inputs if isinstance(v, Tensor)]
     known, seen = {address(t) for t in given}, set[int]()
     args, kwargs = tree_unflatten(inputs, spec)
@@ -361,8 +365,9 @@ class Calls:
         if key not in self.known.costs:
             with ledger.aside():
                 self.known.costs[key] = measured(
-                    ledger, forward, leaves, spec, own, graded, mixed is not None and bool(self._trained(block, role))
-                )
+                    ledger, like, forward, leaves, spec, own, graded,
+                    mixed is not None and bool(self._trained(block, role)),
+                )  # fmt: skip
             casts.made.setdefault(name, None)
         cost = self.known.costs[key]
         if cost is None:
