@@ -255,8 +255,11 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 def arena() -> str:
     """FD of the teacher and of all students that trained for as long, the nearest in 4 steps first."""
     record = json.loads((ROOT / "benchmarks" / "arena.json").read_text(encoding="utf-8"))
-    raced = [key for key in record["common"]["rate"] if arena_fd(key)]
+    known = {r["key"]: r["stage"] for r in record["rows"] if r["stage"] not in ("teacher", "search")}
+    # Settings have a row here if they were raced in several step counts.
+    raced = [key for key, stage in known.items() if stage in ("race", "counts") and arena_fd(key)]
     raced.sort(key=lambda key: mean(arena_fd(key)))
+    label = {key: ("TDM " if key.startswith("after-") else "") + record["common"]["label"][key] for key in raced}
     return table(
         ("model", "4 steps", "2 steps", "1 step", "seeds in 4 steps"),
         [
@@ -266,7 +269,7 @@ def arena() -> str:
                 "",
             ),
             *(
-                (record["common"]["label"][key], *(spread(arena_fd(key, k)) for k in (4, 2, 1)), len(arena_fd(key)))
+                (label[key], *(spread(arena_fd(key, k)) for k in (4, 2, 1)), len(arena_fd(key)))
                 for key in raced
             ),
         ],
@@ -381,6 +384,14 @@ def claims() -> str:
         raced("TDM is better than progressive distillation in equal time", "TDM sec. 2", "progressive"),
         compared("the student is better than its teacher", "TDM tab. 1", tdm, teacher, EMOJI_NOISE, emoji),
         compared("the same in the arena", "TDM tab. 1", arena_tdm, arena_teacher(50), ARENA_NOISE, ring),
+        compared(
+            "the same after progressive distillation",
+            "TDM tab. 1",
+            arena_fd("after-progressive"),
+            arena_teacher(50),
+            ARENA_NOISE,
+            ring,
+        ),
         here("segments that do not overlap help", "TDM eq. 5", "no-segments"),
         here("importance sampling helps", "TDM tab. 5", "no-importance"),
         *(

@@ -29,9 +29,10 @@ from tests.browser import Browser, browsing  # noqa: E402
 
 DESK, PHONE = (1280, 1400), (390, 844)
 TABS = ("Runs", "New", "Sample", "Compare and vote", "Export")
-TAB = (
-    "[...document.querySelectorAll('button[role=tab]')].filter(e => e.checkVisibility({visibilityProperty: true}) && "
-    "e.textContent.trim() === arguments[0])[0]"
+TAB = (  # on a narrow screen the last ones are in a menu
+    "([...document.querySelectorAll('button[role=tab]')].filter(e => e.checkVisibility({visibilityProperty: true}) && "
+    "e.textContent.trim() === arguments[0])[0] ?? [...document.querySelectorAll('.overflow-dropdown button')]"
+    ".filter(e => e.textContent.trim() === arguments[0])[0])"
 )
 
 
