@@ -55,6 +55,8 @@ def test_a_family_keeps_the_protocol(folder: Path) -> None:
 def sizes(family: str) -> tuple[int | None, ...]:
     """Two sizes of images, or None for a family that has one."""
     own = {"sd": 32, "sdxl": 64, "sd3": 24, "pixart": 24, "pixart-sigma": 24}
+    if family == "qwenimage21":
+        return (32, 64)
     return (None, own[family]) if family in own else (16, 24) if family in pipelines.SIZES else (None,)
 
 

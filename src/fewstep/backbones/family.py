@@ -49,10 +49,12 @@ class Family:
     guidance: Callable[[float, int], Mapping[str, Any]] = lambda scale, count: {"guidance_scale": scale}
     # Side of the patches that the pipeline hands its scheduler as tokens [B, N, C]; 0: states as they are.
     patch: int = 0
+    # Whether its pipeline draws a prompt otherwise in a batch with longer ones, and is called with one at a time.
+    alone: bool = False
     # States [B, ...] as `pipe(latents=...)` takes them.
     latents: Callable[[Tensor], Tensor] = lambda states: states
-    # Classes of parts whose annotation in the pipeline names a base class alone.
-    kinds: Mapping[str, type[nn.Module]] = field(default_factory=dict)
+    # Classes of parts whose annotation in the pipeline names a base class alone, or that are read otherwise.
+    kinds: Mapping[str, type] = field(default_factory=dict)
     # Raises UnfitError for settings that the backbone does not follow.
     check: Callable[[Any], None] = lambda pipe: None
     # Options of `pipe(prompt, ...)` with which the pipeline takes the prompt unchanged.
