@@ -51,6 +51,8 @@ class Family:
     patch: int = 0
     # Whether its pipeline draws a prompt otherwise in a batch with longer ones, and is called with one at a time.
     alone: bool = False
+    # A package that its pipeline needs in stock diffusers, beyond diffusers' own.
+    needs: str = ""
     # States [B, ...] as `pipe(latents=...)` takes them.
     latents: Callable[[Tensor], Tensor] = lambda states: states
     # Classes of parts whose annotation in the pipeline names a base class alone, or that are read otherwise.

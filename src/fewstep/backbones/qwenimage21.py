@@ -125,7 +125,7 @@ class Qwen3VLProcessor(transformers.Qwen3VLProcessor):
         return [self.tokenizer.apply_chat_template(conversation, tokenize=tokenize, return_dict=return_dict)]
 
     @classmethod
-    def from_pretrained(cls, place: str, subfolder: str) -> Self:
+    def from_pretrained(cls, place: str, subfolder: str = "") -> Self:
         folder = Path(place) / subfolder
         tokenizer = AutoTokenizer.from_pretrained(place, subfolder=subfolder)
         files = {name: text_in(folder / name) for name in WHOLE if (folder / name).is_file()}
@@ -253,10 +253,11 @@ FAMILY = Family(
     latents=lambda states: pack(states, 1),
     patch=1,
     alone=True,
+    needs="torchvision",
     kinds={"processor": Qwen3VLProcessor},
     check=check,
     comfyui_parts=lambda pipe: ComfyParts(
-        "EmptySD3LatentImage",
+        "EmptyLatentImage",
         "qwen3vl_8b_int8_convrot.safetensors",
         "qwen_image",
         "qwen_image_2.1_vae_bf16.safetensors",
