@@ -184,30 +184,34 @@ class QwenImage21(FlowTransformer):
         return unpack(tokens, height, width, self.patch).float()
 
     def encode(self, prompts: Sequence[str]) -> Cond:
-        pipe, start = self.pipe, self.pipe._drop_idx
-        tokenizer = pipe.processor.tokenizer
-        told = [pipe.prompt_template_t2i.format(p or BLANK) for p in prompts]
-        words = tokenizer(told)
-        require_short(prompts, [len(ids) - start for ids in words.input_ids])
+        pipe, most = self.pipe, TEXT + self.pipe._drop_idx
+        tokenizer, template = pipe.processor.tokenizer, pipe.prompt_template_t2i
+        end = len(tokenizer(template.partition("{}")[2]).input_ids)
+        told = tokenizer([template.format(p or BLANK) for p in prompts]).input_ids
         words = tokenizer.pad(
-            words, padding="max_length", max_length=TEXT + start, padding_side="right", return_tensors="pt"
+            {"input_ids": [cut(ids, most, end) for ids in told]},
+            padding="max_length",
+            max_length=most,
+            padding_side="right",
+            return_tensors="pt",
         ).to(pipe.text_encoder.device)
-        seen = last_states(pipe.text_encoder, words.input_ids, words.attention_mask)[:, start:]
-        mask = words.attention_mask[:, start:].bool()
+        seen = last_states(pipe.text_encoder, words.input_ids, words.attention_mask)[:, -TEXT:]
+        mask = words.attention_mask[:, -TEXT:].bool()
         return on(self.module, {"text": seen * mask[..., None], "mask": mask})
 
 
-def require_short(prompts: Sequence[str], lengths: Sequence[int]) -> None:
-    """Check that prompts of these lengths, in tokens, are not too long.
+def cut(words: Sequence[int], most: int, end: int) -> list[int]:
+    """Leave out words before the last `end` where there are more than `most`.
 
-    Its pipeline cuts none. Raises ValueError.
+    Its pipeline leaves out none.
     """
-    long = next((i for i, length in enumerate(lengths) if length > TEXT), None)
-    if long is not None:
-        raise ValueError(
-            f"prompts: {prompts[long][:40]!r}... has {lengths[long]} tokens with those around it, "
-            f"allowed for Qwen-Image-2.1 are {TEXT}; shorten it"
-        )
+    return list(words) if len(words) <= most else [*words[: most - end], *words[len(words) - end :]]
+
+
+def prompt_tokens(pipe: QwenImage21Pipeline) -> int:
+    """Return the number of tokens that a prompt may have, without those around it."""
+    around = pipe.processor.tokenizer(pipe.prompt_template_t2i.format("")).input_ids
+    return TEXT - (len(around) - int(pipe._drop_idx))
 
 
 def last_states(encoder: nn.Module, words: Tensor, mask: Tensor) -> Tensor:
