@@ -45,7 +45,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -69,6 +69,7 @@ from transformers import (
 )
 
 from fewstep.backbones import miniature, miniature_video
+from fewstep.backbones.autoencoders import over_white
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.families import family_of_pipeline
 from fewstep.backbones.load import around, at_size, load_teacher
@@ -539,6 +540,16 @@ def options(family: str, scale: float, count: int) -> dict[str, Any]:
     """What a family's pipeline is told of a guidance scale, for so many prompts."""
     found = family_of_pipeline(FAMILIES[family]()).guidance(scale, count)
     return {k: v for k, v in found.items() if v is not None}
+
+
+def called(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> Tensor:
+    """What a pipeline draws without guidance, over white: prompts one at a time where a batch is drawn otherwise."""
+    family = family_of_pipeline(pipe)
+    if family.alone and len(prompts) > 1:
+        return torch.cat([called(pipe, [p], [s], **options) for p, s in zip(prompts, seeds, strict=True)])
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    found = pipe(prompt=list(prompts), generator=generators, output_type="pt", **options)
+    return found.frames if family.video else over_white(found.images)
 
 
 def save(family: str, folder: Path, seed: int = 0) -> Path:

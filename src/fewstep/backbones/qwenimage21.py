@@ -22,10 +22,18 @@ from ..reading import json_of, text_in
 from .base import Cond
 from .family import ComfyParts, Family
 from .flow_transformer import TEXT, FlowTransformer, pack, unpack
+from .layouts import Layout
 from .parts import on, single_output, transformer_features
 from .qwenimage import BLANK
 from .settings import require_channels, require_flow, same
 
+LAYOUT = Layout(  # of ComfyUI, in which two layers are one
+    blocks={
+        "transformer_blocks": (
+            "transformer_blocks", {"img_mlp.gate_layer": "img_mlp.gate_up", "img_mlp.proj": "img_mlp.gate_up"},
+        )
+    }
+)  # fmt: skip
 TEMPLATE = "chat_template.json"  # of older folders; later ones keep the tokenizer's
 # Files of a processor of which the tokenizer's are a part.
 WHOLE = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", TEMPLATE)
@@ -187,7 +195,7 @@ class QwenImage21(FlowTransformer):
         pipe, most = self.pipe, TEXT + self.pipe._drop_idx
         tokenizer, template = pipe.processor.tokenizer, pipe.prompt_template_t2i
         end = len(tokenizer(template.partition("{}")[2]).input_ids)
-        told = tokenizer([template.format(p or BLANK) for p in prompts]).input_ids
+        told = tokenizer([template.format(p or BLANK) for p in prompts], verbose=False).input_ids
         words = tokenizer.pad(
             {"input_ids": [cut(ids, most, end) for ids in told]},
             padding="max_length",
@@ -260,6 +268,7 @@ FAMILY = Family(
     needs="torchvision",
     kinds={"processor": Qwen3VLProcessor},
     check=check,
+    original_names=LAYOUT.names,
     comfyui_parts=lambda pipe: ComfyParts(
         "EmptyLatentImage",
         "qwen3vl_8b_int8_convrot.safetensors",
