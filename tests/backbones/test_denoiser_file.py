@@ -115,7 +115,9 @@ def as_its_makers_write_it(family: str, pipe: Any) -> dict[str, Tensor]:
     return {name: torch.cat(tensors) if len(tensors) > 1 else tensors[0] for name, tensors in rows.items()}
 
 
-@pytest.mark.parametrize("family", ["flux2", "zimage", "qwenimage", pytest.param("qwenimage21", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["flux2", "zimage", "qwenimage", pytest.param("qwenimage21", marks=pytest.mark.slow)]
+)
 def test_a_network_alone_of_todays_families(family: str, tmp_path: Path) -> None:
     """As ComfyUI keeps it, in one file, in shards with an index, and in scaled float8."""
     folder = pipelines.save(family, tmp_path / family)

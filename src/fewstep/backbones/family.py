@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)

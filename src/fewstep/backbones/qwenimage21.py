@@ -103,7 +103,7 @@ def rotations(mask: Tensor, height: int, width: int, axes: Sequence[int], theta:
     tokens is at the number of words that `mask` keeps, and around 0 along its height and width.
     """
     words = torch.arange(mask.shape[1], device=mask.device)
-    rows, columns = (torch.arange(n, device=mask.device) - (n - n // 2) for n in (height, width))
+    rows, columns = (torch.arange(n, device=mask.device) - n // 2 for n in (height, width))
     image = torch.stack([torch.zeros_like(rows[:, None] + columns), *torch.meshgrid(rows, columns, indexing="ij")])
     places = torch.cat([words.expand(3, -1), image.flatten(1)], 1).repeat(len(mask), 1, 1)  # [B, 3, S]
     places[:, 0, len(words) :] += mask.sum(1, keepdim=True)
@@ -126,7 +126,14 @@ class Qwen3VLProcessor(transformers.Qwen3VLProcessor):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, files: Mapping[str, str] = MappingProxyType({})) -> None:
         self.tokenizer, self.files = tokenizer, dict(files)
 
-    def __call__(self, text: Sequence[str], padding: bool, padding_side: str, return_tensors: str) -> BatchEncoding:
+    def __call__(
+        self, text: Sequence[str], padding: bool, padding_side: str, return_tensors: str, images: object = None
+    ) -> BatchEncoding:
+        if images is not None:
+            raise ValueError(
+                "image: got one, allowed is text alone in fewstep's pipelines; for images load the pipeline that "
+                "`fewstep export STUDENT DIR --format pipeline` writes, with diffusers and torchvision"
+            )
         return self.tokenizer(list(text), padding=padding, padding_side=padding_side, return_tensors=return_tensors)
 
     def apply_chat_template(self, conversation: Any, tokenize: bool, return_dict: bool) -> list[list[int]]:
