@@ -43,9 +43,9 @@ def images_of(vae: Any, latents: Tensor) -> Tensor:
 
 
 def over_white(images: Tensor) -> Tensor:
-    """Return images [B, 3, H, W] of images with an alpha channel, over white.
+    """Return images with an alpha channel as they look over white.
 
-    Images are in [0, 1], and cut there before. Those [B, 3, H, W] without an alpha channel come back unchanged.
+    Images [B, 4, H, W] are in [0, 1], and cut there before. Those [B, 3, H, W] come back unchanged.
     """
     if images.shape[-3] == 3:
         return images

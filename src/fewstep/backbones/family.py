@@ -49,7 +49,7 @@ class Family:
     guidance: Callable[[float, int], Mapping[str, Any]] = lambda scale, count: {"guidance_scale": scale}
     # Side of the patches that the pipeline hands its scheduler as tokens [B, N, C]; 0: states as they are.
     patch: int = 0
-    # Whether its pipeline draws a prompt otherwise in a batch with longer ones, and is called with one at a time.
+    # Whether its stock pipeline draws a prompt otherwise next to longer ones: fewstep compares with one at a time.
     alone: bool = False
     # A package that its pipeline needs in stock diffusers, beyond diffusers' own.
     needs: str = ""

@@ -209,10 +209,10 @@ def drawn(
     shape: Sequence[int] = (),
     seed: int = 0,
 ) -> Tensor:
-    """Sample one image per prompt from seeds `seed`, `seed + 1`, and so on.
+    """Sample one image per prompt.
 
-    Returns images [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1]. The pipeline gets `times` where given,
-    and a `size` other than 0. A pipeline without prompts samples as many images. With a `shape`, the
+    Seeds are `seed`, `seed + 1`, and so on. Returns images [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1]. The
+    pipeline gets `times` where given, and a `size` other than 0. A pipeline without prompts samples as many images. With a `shape`, the
     initial noise is fewstep's: older torch samples other noise in half precision.
     """
     family = family_of_pipeline(pipe)

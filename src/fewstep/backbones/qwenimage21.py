@@ -1,6 +1,6 @@
-"""Qwen-Image-2.1: one sequence of masked text, which looks back alone, and of latents as they are.
+"""Qwen-Image-2.1: one sequence of masked text and of latents.
 
-Text takes part at time 0, the image at the step's time. Images have an alpha channel.
+Text looks back alone, and takes part at time 0. Images have an alpha channel.
 """
 
 import os
@@ -40,9 +40,10 @@ WHOLE = ("preprocessor_config.json", "video_preprocessor_config.json", "processo
 
 
 class Rotations(NamedTuple):
-    """Rotary embeddings of each sample, in the place of diffusers' that all samples share.
+    """Rotary embeddings of each sample.
 
-    `turns` [B, S, D / 2] are complex numbers. diffusers asks for `unsqueeze` alone, to add the heads.
+    They are in the place of diffusers', which all samples share. `turns` [B, S, D / 2] are complex numbers. diffusers
+    asks for `unsqueeze` alone, to add the heads.
     """
 
     turns: Tensor
@@ -53,10 +54,10 @@ class Rotations(NamedTuple):
 
 
 class QwenImage21Transformer2DModel(diffusers.QwenImage21Transformer2DModel):
-    """The network of diffusers, which also takes prompts of unlike length without reading a number.
+    """The network of diffusers, for prompts of unlike length.
 
-    A call with an `img_mask` is diffusers' own. A call without one is text, then one image: where the image begins
-    follows from shapes, and its place in time from each prompt's own length. Padding then changes nothing.
+    Where there is a mask of text and one image: where the image begins follows from shapes, and its place in time from
+    each prompt's own length. Padding then changes nothing. Other calls, and those without padding, are diffusers' own.
     """
 
     __module__ = diffusers.QwenImage21Transformer2DModel.__module__  # files name the class of diffusers
@@ -74,12 +75,12 @@ class QwenImage21Transformer2DModel(diffusers.QwenImage21Transformer2DModel):
         kv_cache_mode: str | None = None,
         return_dict: bool = True,
     ) -> Any:
-        if img_mask is not None or encoder_hidden_states_mask is None:
+        if encoder_hidden_states_mask is None or len(img_shapes[0]) > 1:
             return super().forward(
                 hidden_states, encoder_hidden_states, timestep, img_shapes, img_mask, encoder_hidden_states_mask,
                 attention_kwargs, kv_cache, kv_cache_mode, return_dict,
             )  # fmt: skip
-        mask, words = encoder_hidden_states_mask, encoder_hidden_states.shape[1]
+        mask, words = encoder_hidden_states_mask.bool(), encoder_hidden_states.shape[1]
         x = torch.cat([self.txt_in(encoder_hidden_states), self.img_in(hidden_states)], 1)
         drawn = torch.arange(x.shape[1], device=x.device) >= words
         seen = torch.cat([mask, mask.new_ones(hidden_states.shape[:2])], 1)
@@ -97,8 +98,9 @@ class QwenImage21Transformer2DModel(diffusers.QwenImage21Transformer2DModel):
 
 
 def rotations(mask: Tensor, height: int, width: int, axes: Sequence[int], theta: float) -> Rotations:
-    """Return the rotations `exp(i place / theta^(2 k / D))` of text [B, L], then of an image.
+    """Return the rotations of text, then of an image.
 
+    They are `exp(i place / theta^(2 k / D))`, k < D / 2. `mask` [B, L] says which words are none.
     `axes` are the sizes D of time, height and width. Word i is at i on all of them. The image of `height` x `width`
     tokens is at the number of words that `mask` keeps, and around 0 along its height and width.
     """
@@ -216,23 +218,27 @@ class QwenImage21(FlowTransformer):
 
 
 def cut(words: Sequence[int], most: int, end: int) -> list[int]:
-    """Leave out words before the last `end` where there are more than `most`.
+    """Leave out words where there are more than `most`.
 
-    Its pipeline leaves out none.
+    The last `end` stay. Its pipeline leaves out none.
     """
     return list(words) if len(words) <= most else [*words[: most - end], *words[len(words) - end :]]
 
 
 def prompt_tokens(pipe: QwenImage21Pipeline) -> int:
-    """Return the number of tokens that a prompt may have, without those around it."""
+    """Return the number of tokens that a prompt may have.
+
+    Those around it are not counted.
+    """
     around = pipe.processor.tokenizer(pipe.prompt_template_t2i.format("")).input_ids
     return TEXT - (len(around) - int(pipe._drop_idx))
 
 
 def last_states(encoder: nn.Module, words: Tensor, mask: Tensor) -> Tensor:
-    """Return what a language model's last block gives, [B, L, D], before the norm that follows.
+    """Return what a language model's last block gives, [B, L, D].
 
-    Its network was trained on these. What versions of transformers call the last states is not the same.
+    That is before the norm that follows. The network was trained on these. What transformers calls the last states
+    differs from version to version.
     """
     seen, handles = list[Tensor](), list[Any]()
 
