@@ -212,8 +212,8 @@ def drawn(
     """Sample one image per prompt.
 
     Seeds are `seed`, `seed + 1`, and so on. Returns images [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1]. The
-    pipeline gets `times` where given, and a `size` other than 0. A pipeline without prompts samples as many images. With a `shape`, the
-    initial noise is fewstep's: older torch samples other noise in half precision.
+    pipeline gets `times` where given, and a `size` other than 0. A pipeline without prompts samples as many images.
+    With a `shape`, the initial noise is fewstep's: older torch samples other noise in half precision.
     """
     family = family_of_pipeline(pipe)
     if family.alone and len(prompts) > 1:
