@@ -467,7 +467,7 @@ WORDS = ("a photo of a red fox",)
 
 def qwen_tokenizer(length: int, template: str) -> Any:
     """Return printable bytes, a few words, and the marks of Qwen's conversations."""
-    marks = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    marks = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|image_pad|>"]
     known = word_tokenizer(WORDS, 600, length).get_vocab()
     pieces = sorted(p for p in known if not p.endswith("</w>") and not p.startswith("<|"))
     vocab = {p: i for i, p in enumerate([*pieces, *marks])}

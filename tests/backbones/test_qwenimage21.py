@@ -133,6 +133,9 @@ def test_a_processor_keeps_the_files_of_images(tmp_path: Path) -> None:
     assert index["transformer"] == ["diffusers", "QwenImage21Transformer2DModel"]
     config = json.loads((tmp_path / "again" / "transformer" / "config.json").read_text())
     assert config["_class_name"] == "QwenImage21Transformer2DModel"
+    (folder / "processor" / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"processor has no words, or no <\|image_pad\|>; download it again"):
+        load_teacher(folder, size=32)
     with pytest.raises(ValueError, match=r"^image: got one, allowed is text alone in fewstep's pipelines; for images"):
         pipe.processor(["a"], True, "left", "pt", images=[1])
 

@@ -25,7 +25,8 @@ from .flow_transformer import TEXT, FlowTransformer, pack, unpack
 from .layouts import Layout
 from .parts import on, single_output, transformer_features
 from .qwenimage import BLANK
-from .settings import require_channels, require_flow, same
+from .settings import require_channels, require_flow, require_rows, same
+from .weights import UnfitError
 
 LAYOUT = Layout(  # of ComfyUI, in which two layers are one
     blocks={
@@ -35,6 +36,8 @@ LAYOUT = Layout(  # of ComfyUI, in which two layers are one
     }
 )  # fmt: skip
 TEMPLATE = "chat_template.json"  # of older folders; later ones keep the tokenizer's
+MARK = "<|image_pad|>"  # which the pipeline looks for
+MOST_PLACES = 2048  # along a side: diffusers has rotations for 1024 places before 0
 # Files of a processor of which the tokenizer's are a part.
 WHOLE = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", TEMPLATE)
 
@@ -181,6 +184,10 @@ class QwenImage21(FlowTransformer):
         return 2  # its pipeline draws images of even height and width in tokens
 
     @property
+    def largest(self) -> int:
+        return MOST_PLACES
+
+    @property
     def time_layer(self) -> str:
         return "time_text_embed.timestep_embedder.linear_2"
 
@@ -260,7 +267,12 @@ def check(pipe: QwenImage21Pipeline) -> None:
     """Check the settings of a Qwen-Image-2.1 pipeline. Raises UnfitError."""
     require_flow(pipe)
     require_channels(pipe, pipe.vae.config.z_dim, patch=1)
-    config = pipe.transformer.config
+    config, tokenizer = pipe.transformer.config, pipe.processor.tokenizer
+    require_rows("processor", tokenizer, pipe.text_encoder)
+    if tokenizer.convert_tokens_to_ids(MARK) in (None, tokenizer.unk_token_id) or not tokenizer("words").input_ids:
+        raise UnfitError(f"processor has no words, or no {MARK}", "download it again")
+    width = pipe.text_encoder.config.text_config.hidden_size
+    same("transformer", "context_in_dim", config.context_in_dim, width, f"its text encoder gives {width}")
     same("transformer", "patch_size", config.patch_size, 1, "its pipeline packs no patches")
     same("transformer", "causal_condition", config.causal_condition, True, "text takes part at time 0 in fewstep")
     same("vae", "in_channels", pipe.vae.config.in_channels, 4, "images have an alpha channel")
