@@ -79,7 +79,8 @@ from records import (
 SEEDS, COUNTS, GUIDANCE, BATCH = (0, 1, 2), (4, 2, 1), 1.5, 32
 STAGES = ("teacher", "search", "race", "rewards", "settings", "counts")
 Settings = dict[str, Any]
-MATCHING, HIGHER = (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3)  # a search goes on while the highest rate is the best
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)  # a search goes on until both neighbours of the best rate are worse
+MATCHING, HIGHER = 1e-4, 3e-4  # where it begins
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Racer:
 
     label: str
     method: Settings = field(default_factory=dict)
-    rates: tuple[float, ...] = MATCHING
+    rate: float = MATCHING  # where its search begins
     counts: tuple[int, ...] = COUNTS
     images: str = ""  # real, teacher
     reward: str = ""  # one of Arena.rewards
@@ -97,8 +98,9 @@ class Racer:
 
 
 def tdm(label: str, source: str, images: str = "", begin: str = "", **method: Any) -> Racer:
-    """Return TDM with a setting of others, which is raced in 4 steps at TDM's rate."""
-    return Racer(label, {"name": "tdm", **method}, (), (4,), images, source=source, begin=begin)
+    """Return TDM with a setting of others, which is raced in 4 steps at TDM's rate; after another method in all."""
+    counts = COUNTS if begin else (4,)
+    return Racer(label, {"name": "tdm", **method}, counts=counts, images=images, source=source, begin=begin)
 
 
 RACERS: dict[str, Racer] = {
@@ -143,7 +145,7 @@ REWARD_WEIGHTS = {
 def rewarded(name: str, by: str, weight: float) -> Racer:
     """Return TDM with a reward beside it."""
     method = {"name": "tdm", "reward": {"weight": weight, "by": by}}
-    return Racer(f"{name} by {by}, weight {weight:g}", method, rates=(), counts=(4,), reward=name)
+    return Racer(f"{name} by {by}, weight {weight:g}", method, counts=(4,), reward=name)
 
 
 REWARDED: dict[str, Racer] = {
@@ -219,9 +221,8 @@ def paces(arena: Arena, wanted: Sequence[tuple[str, int]]) -> dict[str, float]:
     going, took = {}, dict[str, list[float]]()
     for key, count in wanted:
         racer = everyone()[key]
-        rate = racer.rates[0] if racer.rates else MATCHING[0]
         going[name_of(key, count)] = training(
-            arena, racer, method_of(racer, count, 1), Cell(key, count, rate, 0), SKIPPED + COUNTED
+            arena, racer, method_of(racer, count, 1), Cell(key, count, racer.rate, 0), SKIPPED + COUNTED
         )
     for _ in range(SKIPPED + COUNTED):
         for name, steps in going.items():
@@ -371,36 +372,87 @@ def guided_teacher(teacher: Backbone, cond: Cond, null: Cond, scale: float) -> D
 
 
 def cells(stage: str, rows: Sequence[Facts], seed: int) -> Iterator[Cell]:
-    """Return a stage's trainings of a seed, the most telling first; all but the search need the best rates."""
+    """Return a stage's trainings of a seed, the most telling first; all but the search need the best rates.
+
+    `rows` are those that are there when the next one is asked for.
+    """
     if stage == "search" and seed == 0:
-        yield from (Cell(key, first(r), r.rates[k], seed) for k in (1, 2, 0) for key, r in RACERS.items())
+        for key, racer in RACERS.items():
+            yield from climbing(key, first(racer), racer.rate, rows)
+        for count in (2, 1):
+            for key, racer in RACERS.items():
+                if first(racer) and searched(key, rows):
+                    yield from climbing(key, count, best_rate(key, rows), rows)
     if stage == "race":
         yield from (Cell(key, first(r), best_rate(key, rows), seed) for key, r in RACERS.items())
     if stage == "counts":
-        several = [(key, k) for k in (1, 2) for key, r in RACERS.items() if "steps" not in r.method]
-        yield from (Cell(key, k, best_rate(key, rows), seed) for key, k in several)
+        several = [(key, k) for k in (1, 2) for key, r in everyone().items() if first(r) and k in r.counts]
+        yield from (Cell(key, k, best_rate(key, rows, k), seed) for key, k in several)
     if stage in ("rewards", "settings"):
         own = REWARDED if stage == "rewards" else OTHERS
-        yield from (Cell(key, 4, best_rate("tdm", rows), seed) for key in own)
+        yield from (Cell(key, 4, best_rate(key, rows), seed) for key in own)
+
+
+def climbing(key: str, count: int, begin: float, rows: Sequence[Facts]) -> Iterator[Cell]:
+    """Return trainings with the rates next to the best one, until both are there."""
+    asked = set[float]()
+    while True:
+        known = distances(key, count, rows)
+        if asked - known.keys():
+            return  # nobody trained the last one
+        at = RATES.index(min(known, key=known.__getitem__)) if known else RATES.index(begin)
+        near = [RATES[i] for i in (at, at - 1, at + 1) if 0 <= i < len(RATES) and RATES[i] not in known]
+        if not near:
+            return
+        asked.add(near[0])
+        yield Cell(key, count, near[0], 0)
+
+
+def distances(key: str, count: int, rows: Sequence[Facts]) -> dict[float, float]:
+    """Return the FD of each rate in the search; a student of several step counts is tuned in 4 steps."""
+    own = [r for r in rows if (r["stage"], r["key"], r["count"]) == ("search", key, count)]
+    return {r["rate"]: r["measured"][str(count or 4)]["fd"] for r in own}
 
 
 def first(racer: Racer) -> int:
-    """Return the step count that a method is tuned at; 0 where it serves all."""
+    """Return the step count that a method is tuned at first; 0 where it serves all."""
     return 0 if "steps" in racer.method else 4
 
 
-def best_rate(key: str, rows: Sequence[Facts]) -> float:
-    """Return the rate with the lowest FD in 4 steps in the search."""
-    own = [r for r in rows if r["stage"] == "search" and r["key"] == key]
-    if not own:
-        raise SystemExit(f"{key} has no rate yet; run --only search first")
-    return float(min(own, key=lambda r: r["measured"]["4"]["fd"])["rate"])
+def best_rate(key: str, rows: Sequence[Facts], count: int = 4) -> float:
+    """Return the rate with the lowest FD in the search; TDM's for TDM with a setting of others."""
+    key = key if key in RACERS else "tdm"
+    known = distances(key, count if first(RACERS[key]) else 0, rows)
+    if not known:
+        raise SystemExit(f"{key} has no rate in {count} steps yet; run --only search first")
+    return min(known, key=known.__getitem__)
+
+
+def searched(key: str, rows: Sequence[Facts], count: int = 4) -> bool:
+    """Return whether a method has a rate in a step count."""
+    key = key if key in RACERS else "tdm"
+    return bool(distances(key, count if first(RACERS[key]) else 0, rows))
+
+
+def up_to_date(rows: Sequence[Facts]) -> list[Facts]:
+    """Return rows without those of rates that a longer search found not to be the best."""
+    return [
+        r for r in rows
+        if r["stage"] in ("teacher", "search")
+        or not searched(r["key"], rows, r["count"] or 4)
+        or r["rate"] == best_rate(r["key"], rows, r["count"] or 4)
+    ]  # fmt: skip
 
 
 def write(rows: Sequence[Facts], common: Mapping[str, Any], a: argparse.Namespace) -> None:
     """Write record and page."""
-    searched = {r["key"] for r in rows if r["stage"] == "search"}
-    known = {**common, "rate": {key: best_rate(key, rows) for key in RACERS if key in searched}}
+    rate = {
+        name_of(key, k): best_rate(key, rows, k)
+        for key, r in RACERS.items()
+        for k in r.counts
+        if searched(key, rows, k)
+    }
+    known = {**common, "rate": rate}
     known["label"] = {key: racer.label for key, racer in everyone().items()}
     record = new_record("arena", "python benchmarks/arena.py --data FOLDER", rows, SEEDS, known)
     write_record(record, page(record), a.to)
@@ -440,11 +492,12 @@ def page(record: Record) -> str:
     parts.append("## The teacher\n\n" + markdown(["steps", "solver", "guidance", *head], lines))
     for count in COUNTS:
         ranked: list[tuple[float, list[object]]] = []
-        for key, racer in RACERS.items():
+        for key, racer in {**RACERS, **{k: r for k, r in OTHERS.items() if r.begin}}.items():
             if own := of(record, key, count):
                 its, took = (statistics.mean(r[k] for r in own) for k in ("iterations", "seconds"))
                 found = [r["measured"][str(count)] for r in own]
-                told = [racer.label, f"{own[0]['rate']:g}", f"{its:.0f}", f"{took:.1f}"]
+                label = f"TDM {racer.label}" if racer.begin else racer.label
+                told = [label, f"{own[0]['rate']:g}", f"{its:.0f}", f"{took:.1f}"]
                 ranked.append((statistics.mean(m["fd"] for m in found), [*told, *shown(found), len(own)]))
         if ranked:
             title = f"## {count} step{'s' if count > 1 else ''}, {seconds_of(record):g} CPU seconds each"
@@ -513,23 +566,18 @@ def rewards_part(record: Record) -> list[str]:
 
 def search_part(record: Record) -> list[str]:
     """Return the search of rates."""
-    rows = [r for r in record.rows if r["stage"] == "search"]
-
-    def tuned(key: str, rate: float) -> str:
-        own = [r for r in rows if (r["key"], r["rate"]) == (key, rate)]
-        return f"{own[0]['measured']['4']['fd']:.2f}" if own else "-"
-
-    lines = [
-        [r.label, *(tuned(key, rate) for rate in r.rates)]
-        for key, r in RACERS.items()
-        if any(row["key"] == key for row in rows)
-    ]
+    lines = []
+    for key, racer in RACERS.items():
+        for count in (k for k in ((0,) if not first(racer) else COUNTS) if distances(key, k, record.rows)):
+            known = distances(key, count, record.rows)
+            found = [f"{known[rate]:.2f}" if rate in known else "" for rate in RATES]
+            lines.append([racer.label, count or "4, 2, 1", *found])
     if not lines:
         return []
-    said = f"Rates {', '.join(f'{r:g}' for r in MATCHING)}; of DMD2, LCM and progressive distillation "
-    said += f"{', '.join(f'{r:g}' for r in HIGHER)}. {record.common.get('searched', '')}"
-    table = markdown(["method", "low", "middle", "high"], lines)
-    return [f"## The search of rates: FD in 4 steps, seed 0\n\n{wrapped(said)}\n\n{table}"]
+    said = "A search begins in the middle and goes on until both neighbours of the best rate are worse; in 2 and 1 "
+    said += "steps it begins at the best rate in 4. TDM-unify is tuned in 4 steps."
+    table = markdown(["method", "steps", *(f"{rate:g}" for rate in RATES)], lines)
+    return [f"## The search of rates: FD, seed 0\n\n{wrapped(said)}\n\n{table}"]
 
 
 def plot_race(record: Record, file: Path) -> None:
@@ -621,7 +669,7 @@ def main() -> None:
     ends = time.monotonic() + a.until
     torch.set_num_threads(1)
     kept = read_record(a.to / "arena.json")
-    rows = [] if kept is None else list(kept.rows)
+    rows = [] if kept is None else up_to_date(kept.rows)
     common: Facts = {"seconds": a.seconds, "pace": {}} if kept is None else dict(kept.common)
     if common["seconds"] != a.seconds:
         raise SystemExit(f"{a.to / 'arena.json'} is of {common['seconds']:g} seconds: give --to another folder")
@@ -639,6 +687,7 @@ def main() -> None:
             todo = raced(arena, stage, seed, rows, common["pace"])
         for row in todo:
             rows.append(json.loads(json.dumps(row)))
+            rows[:] = up_to_date(rows)
             write(rows, common, a)
             print(told(row), flush=True)
             if time.monotonic() > ends:
@@ -651,13 +700,18 @@ def main() -> None:
 def raced(arena: Arena, stage: str, seed: int, rows: Sequence[Facts], paces: dict[str, float]) -> Iterator[Facts]:
     """Run the trainings of a stage that are not in the table."""
     for cell in cells(stage, rows, seed):
-        if cell.key in arena.a.keys and not any(
-            (r["key"], r["count"], r["rate"], r["seed"]) == (cell.key, cell.count, cell.rate, cell.seed)
-            for r in rows
-            if r["stage"] == stage
-        ):
+        if cell.key in arena.a.keys and not any(r["stage"] == stage and equal(r, cell) for r in rows):
             begin = everyone()[cell.key].begin
-            yield race(arena, stage, cell, paces, best_rate(begin, rows) if begin else 0.0)
+            same = next((r for r in rows if r["stage"] == "search" and equal(r, cell)), None)
+            if stage == "counts" and same is not None:
+                yield {**same, "stage": stage}  # it was this training
+            else:
+                yield race(arena, stage, cell, paces, best_rate(begin, rows, cell.count) if begin else 0.0)
+
+
+def equal(row: Facts, cell: Cell) -> bool:
+    """Return whether a row is a training's."""
+    return (row["key"], row["count"], row["rate"], row["seed"]) == (cell.key, cell.count, cell.rate, cell.seed)
 
 
 def told(row: Facts) -> str:

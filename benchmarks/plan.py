@@ -59,7 +59,8 @@ def row(recipe: str, named: str, source: Path, folder: Path) -> Facts:
         command[2:] = [COMMAND, "plan", recipe, "--teacher", str(teacher), *(["--memory", card] if card else [])]
     cpu, wall, said = seconds(command, source)
     needed = [line.strip(" │").split("│")[-1].strip() for line in said.splitlines() if "needed (" in line]
-    return {"recipe": recipe, "as": named, "card": card, "cpu": cpu, "wall": wall, "needed": needed, **origin_of(source)}
+    found = {"recipe": recipe, "as": named, "card": card, "cpu": cpu, "wall": wall, "needed": needed}
+    return {**found, **origin_of(source)}
 
 
 def origin_of(source: Path) -> dict[str, Facts]:

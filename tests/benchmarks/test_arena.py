@@ -30,21 +30,39 @@ def test_each_method_is_shown_at_its_best_rate_the_nearest_first(load: Load) -> 
     four = text[text.index("## 4 steps, 12 CPU seconds each") :].partition("\n## ")[0]
     lines = [[cell.strip() for cell in line.split("|")[1:6]] for line in four.splitlines() if line.startswith("| ")]
     assert lines[2:] == [["LCM", "0.0003", "10", "9.0", "2.00"], ["TDM", "0.0001", "10", "9.0", "4.00 ± 1.41"]]
-    assert "| TDM | 5.50 | 3.50 | - |" in text
+    assert "| TDM | 4 |  | 5.50 | 3.50 |  |  |" in text
     assert "| adversarial term, real images | TDM eq. 16 | 0.50 | 5.50 |" in text  # next to the same seed
 
 
-def test_the_search_tries_every_rate_and_later_stages_take_the_best(load: Load) -> None:
+def test_the_search_climbs_to_the_best_rate_and_later_stages_take_it(load: Load) -> None:
     arena = load("arena")
-    tuned = list(arena["cells"]("search", [], 0))
-    assert len({(c.key, c.rate) for c in tuned}) == len(tuned) == 3 * len(arena["RACERS"])
-    rows = [row(key, rate, 0, 1.0 + (rate != racer.rates[2]), stage="search")
-            for key, racer in arena["RACERS"].items() for rate in racer.rates]  # fmt: skip
-    for stage, racers in (("settings", arena["OTHERS"]), ("rewards", arena["REWARDED"])):
+    rates, racers = arena["RATES"], arena["RACERS"]
+    best = {4: rates[0], 2: rates[1], 1: rates[3], 0: rates[4]}
+    rows: list[dict[str, Any]] = []
+    for cell in arena["cells"]("search", rows, 0):
+        fd = 1.0 + abs(rates.index(cell.rate) - rates.index(best[cell.count]))
+        rows.append(row(cell.key, cell.rate, 0, fd, cell.count or 4, "search") | {"count": cell.count})
+    assert len({(r["key"], r["count"], r["rate"]) for r in rows}) == len(rows)
+    for key in racers:
+        for count in (4,) if key == "tdm-unify" else (4, 2, 1):
+            assert arena["best_rate"](key, rows, count) == best[0 if key == "tdm-unify" else count], (key, count)
+    assert {r["rate"] for r in rows if (r["key"], r["count"]) == ("tdm", 4)} == set(rates[:3])
+    for stage, own in (("settings", arena["OTHERS"]), ("rewards", arena["REWARDED"])):
         cells = list(arena["cells"](stage, rows, 1))
-        assert {c.rate for c in cells} == {arena["RACERS"]["tdm"].rates[2]} and len(cells) == len(racers)
-    with pytest.raises(SystemExit, match="no rate yet"):
+        assert {c.rate for c in cells} == {best[4]} and len(cells) == len(own)
+    assert {c.rate for c in arena["cells"]("counts", rows, 1) if c.key == "after-lcm"} == {best[2], best[1]}
+    with pytest.raises(SystemExit, match="no rate in 4 steps yet"):
         list(arena["cells"]("race", [], 0))
+
+
+def test_rows_of_rates_that_are_not_the_best_any_more_go(load: Load) -> None:
+    arena = load("arena")
+    rows = [
+        row("tdm", 1e-4, 0, 3.5, stage="search"), row("tdm", 3e-5, 0, 3.0, stage="search"),
+        row("tdm", 1e-4, 0, 3.5), row("tdm", 3e-5, 0, 3.0), row("gan-real", 1e-4, 0, 3.0, stage="settings"),
+        row("lcm", 1e-3, 0, 2.0),
+    ]  # fmt: skip
+    assert arena["up_to_date"](rows) == [*rows[:2], rows[3], rows[5]]
 
 
 def test_every_setting_is_one_that_its_method_takes(load: Load) -> None:

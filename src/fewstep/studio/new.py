@@ -320,12 +320,13 @@ def build(place: Place) -> NewTab:
     recipe.input(chosen_recipe, recipe, [about, setting, name, *boxes], show_progress="hidden", **private)
     setting.change(explain, [recipe, setting], setting_facts, show_progress="hidden", **private)
     add.click(added, [setting, value, more], more, **private)
-    what.click(tell_teacher, asked, teacher_facts, **private)
-    examine.click(check_teacher, asked, teacher_facts, **private)
-    look.click(tell_prompts, asked, prompt_facts, **private)
-    count.click(plan, [memory, *asked], [fits, use, found], **private)
+    again: dict[str, Any] = {**private, "trigger_mode": "always_last"}  # a press in the meantime counts afterwards
+    what.click(tell_teacher, asked, teacher_facts, **again)
+    examine.click(check_teacher, asked, teacher_facts, **again)
+    look.click(tell_prompts, asked, prompt_facts, **again)
+    count.click(plan, [memory, *asked], [fits, use, found], **again)
     use.click(take_fitting, [found, more], more, **private)
-    dry.click(rehearse, asked, [said, output], **private)
+    dry.click(rehearse, asked, [said, output], **again)
     start.click(begin, asked, [said, output, started, name], **private)
     return NewTab(recipe, teacher, name, more, source, about, boxes, started)
 

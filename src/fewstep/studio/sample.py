@@ -411,9 +411,10 @@ def build(place: Place, tab: gr.Tab) -> None:
     }  # fmt: skip
     tab.select(listed, student, student, show_progress="hidden", **private).then(**chosen)
     student.input(**chosen)
-    go.click(draw, [*fields, beside], out, **network)
+    again: dict[str, Any] = {**network, "trigger_mode": "always_last"}  # a press in the meantime counts afterwards
+    go.click(draw, [*fields, beside], out, **again)
     free.click(forget, None, said, **network)
-    grid.click(draw_steps, [*fields, beside], out, **network)
+    grid.click(draw_steps, [*fields, beside], out, **again)
     dropped.upload(take, dropped, [said, facts, *fields, shown_for], **private)
 
 

@@ -24,7 +24,35 @@ from .ledger import MemoryTracker, storage_bytes
 
 Trained = Mapping[Any, Mapping[str, nn.Parameter]]  # role -> name -> parameter
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
-OWN = ("forward", "layer_idx")  # attributes in which equal blocks differ
+OWN = ("forward", "layer_id", "layer_idx")  # attributes in which equal blocks differ
+
+
+@dataclass(frozen=True)
+class Part:
+    """An output, which lies from `offset` on in memory of `items` numbers; outputs of one `store` share it."""
+
+    kind: Kind
+    store: int
+    offset: int
+    items: int
+
+
+def parts_of(outputs: Sequence[Tensor]) -> tuple[Part, ...] | None:
+    """Return where outputs lie; None where some share memory under several types."""
+    stores = dict[int, int]()
+    parts = []
+    for t in outputs:
+        store = stores.setdefault(address(t), len(stores))
+        items = t.untyped_storage().nbytes() // t.element_size()
+        parts.append(Part(Kind.of(t), store, t.storage_offset(), items))
+    one_type = len({(part.store, part.kind.dtype) for part in parts}) == len(stores)
+    return tuple(parts) if one_type else None
+
+
+def placed(parts: Sequence[Part], like: Tensor) -> tuple[Tensor, ...]:
+    """Return outputs without numbers, in memory that they share as the measured ones did."""
+    memory = {part.store: like.new_empty(part.items, dtype=part.kind.dtype) for part in parts}
+    return tuple(memory[p.store].as_strided(p.kind.shape, p.kind.stride, p.offset) for p in parts)
 
 
 @dataclass(frozen=True)
@@ -36,7 +64,7 @@ class Cost:
     are those at the peak of the backward pass, beyond what is there before with the gradients of the outputs.
     """
 
-    outputs: tuple[Kind, ...]
+    outputs: tuple["Part", ...]
     places: tuple[int, ...]  # of the outputs in what the block returns; -1 for None
     spec: TreeSpec
     first: int
@@ -45,7 +73,7 @@ class Cost:
     kept: int = 0
     keeps: tuple[bool, ...] = ()
     backward: int = 0
-    gradients: tuple[object, ...] = ()  # kinds, of inputs and trained weights; None where there is none
+    gradients: tuple["Part | None", ...] = ()  # of inputs and trained weights; None where there is none
 
     def returned(self, outputs: Sequence[Tensor]) -> Any:
         """Return the outputs as the block returns them."""
@@ -125,12 +153,12 @@ class Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ledger: MemoryTracker, cost: Cost, like: Tensor, *tensors: Tensor) -> tuple[Any, ...]:
         """Return outputs, and keep what the block keeps."""
-        outputs = tuple(kind.made(like) for kind in cost.outputs)
+        outputs = placed(cost.outputs, like)
         pairs = zip(cost.keeps, (*tensors[: len(cost.keeps) - len(outputs)], *outputs), strict=True)
         kept = like.new_empty(cost.kept, dtype=torch.uint8)
         ctx.save_for_backward(kept, *(t for keep, t in pairs if keep))
-        kinds = zip(cost.outputs, outputs, strict=True)
-        ctx.mark_non_differentiable(*(t for kind, t in kinds if not kind.graded))
+        each = zip(cost.outputs, outputs, strict=True)
+        ctx.mark_non_differentiable(*(t for part, t in each if not part.kind.graded))
         ctx.ledger, ctx.cost, ctx.like = ledger, cost, like
         return outputs
 
@@ -141,7 +169,8 @@ class Once(torch.autograd.Function):
         kept, *_rest = ctx.saved_tensors  # a checkpointed block is computed again here
         ctx.ledger.reach(ctx.cost.backward)
         ctx.ledger.forget(kept)
-        return None, None, None, *(k.made(ctx.like) if isinstance(k, Kind) else None for k in ctx.cost.gradients)
+        gradients = iter(placed([part for part in ctx.cost.gradients if part is not None], ctx.like))
+        return None, None, None, *(None if part is None else next(gradients) for part in ctx.cost.gradients)
 
 
 class End(torch.autograd.Function):
@@ -153,18 +182,31 @@ class End(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *outputs: Tensor) -> Tensor:
         """Return the number."""
-        ctx.kinds, ctx.like = [kind_of(t) for t in outputs], outputs[0].new_empty(())
+        ctx.kinds, ctx.like = [(t.shape, t.dtype) for t in outputs], outputs[0].new_empty(())
         return ctx.like.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs' gradients."""
-        return tuple(kind.made(ctx.like) for kind in ctx.kinds)
+        return tuple(ctx.like.new_empty(shape, dtype=dtype) for shape, dtype in ctx.kinds)
+
+
+def hollowed(ledger: MemoryTracker, like: FakeTensor, value: Any) -> Any:
+    """Return a tensor with numbers as one without, and all else unchanged.
+
+    Layers before the first weights would calculate with its numbers.
+    """
+    if not isinstance(value, Tensor) or isinstance(value, FakeTensor) or value.requires_grad:
+        return value
+    fake = like.fake_mode.from_tensor(value)
+    ledger.add(fake)  # beside the one with numbers; else each view of it would count
+    return fake
 
 
 def measured(
     ledger: MemoryTracker,
+    like: FakeTensor,
     forward: Callable[..., Any],
     leaves: Sequence[object],
     spec: TreeSpec,
@@ -177,7 +219,10 @@ def measured(
     With `casting` it is made twice: a first call may leave casts of trained weights. None where the outputs are no new
     tensors.
     """
-    inputs = [v.detach().requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v for v in leaves]
+    inputs = [
+        hollowed(ledger, like, v.detach()).requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v
+        for v in leaves
+    ]
     given = [v for v in inputs if isinstance(v, Tensor)]
     known, seen = {address(t) for t in given}, set[int]()
     args, kwargs = tree_unflatten(inputs, spec)
@@ -196,24 +241,26 @@ def measured(
         first = first or later
     told, out_spec = tree_flatten(found)
     made = list({id(t): t for t in told if isinstance(t, Tensor)}.values())
-    apart = len({address(t) for t in made} - known) == len(made)
+    parts = parts_of(made)
     ends = [t for t in made if t.requires_grad]
-    if not apart or not all(isinstance(t, Tensor | None) for t in told) or (graded and not ends):
+    shared = any(address(t) in known for t in made)
+    if parts is None or shared or not all(isinstance(t, Tensor | None) for t in told) or (graded and not ends):
         return None
     places = tuple(-1 if t is None else next(i for i, own in enumerate(made) if own is t) for t in told)
-    kinds = tuple(Kind.of(t) for t in made)
     if not graded:
-        return Cost(kinds, places, out_spec, first, later, left)
+        return Cost(parts, places, out_spec, first, later, left)
     keeps = tuple(address(t) in seen for t in (*given, *made))
-    kept, incoming = remains - storage_bytes(*made), storage_bytes(*ends)
+    kept, incoming = remains - storage_bytes(*made), sum(t.nbytes for t in ends)
     end = End.apply(*ends)
     del found, told, made, ends
     wanted = [t for t in given if t.requires_grad] + list(own)
     seed = torch.ones_like(end)
     gradients, backward, _ = ledger.above(lambda: torch.autograd.grad(end, wanted, seed, allow_unused=True))
-    rest = iter(gradients)
-    each = tuple(kind_of(next(rest)) if t.requires_grad else None for t in (*given, *own))
-    return Cost(kinds, places, out_spec, first, later, left, kept, keeps, backward - incoming, each)
+    if (left_parts := parts_of([g for g in gradients if g is not None])) is None:
+        return None
+    rest, of = iter(gradients), iter(left_parts)
+    each = tuple(next(of) if t.requires_grad and next(rest) is not None else None for t in (*given, *own))
+    return Cost(parts, places, out_spec, first, later, left, kept, keeps, backward - incoming, each)
 
 
 def address(t: Tensor) -> int:
@@ -278,6 +325,7 @@ class Calls:
     ) -> Any:
         if casts is not None:
             casts.look()
+            args, kwargs = tree_map(partial(hollowed, ledger, next(network.parameters())), (args, kwargs))
         if torch.is_grad_enabled():
             return forward(*args, **kwargs)
         key = (id(network), self.role(), *map(kind_of, tree_leaves((args, kwargs))))
@@ -317,8 +365,9 @@ class Calls:
         if key not in self.known.costs:
             with ledger.aside():
                 self.known.costs[key] = measured(
-                    ledger, forward, leaves, spec, own, graded, mixed is not None and bool(self._trained(block, role))
-                )
+                    ledger, like, forward, leaves, spec, own, graded,
+                    mixed is not None and bool(self._trained(block, role)),
+                )  # fmt: skip
             casts.made.setdefault(name, None)
         cost = self.known.costs[key]
         if cost is None:
@@ -329,7 +378,7 @@ class Calls:
             casts.made[name] = like.new_empty(cost.casts, dtype=torch.uint8) if cost.casts else None
         if graded:
             return cost.returned(Once.apply(ledger, cost, like, *tensors, *own))
-        return cost.returned([kind.made(like) for kind in cost.outputs])
+        return cost.returned(placed(cost.outputs, like))
 
     def _trained(self, block: nn.Module, role: object) -> list[nn.Parameter]:
         """Return the weights of a block that a role trains."""
