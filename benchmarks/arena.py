@@ -410,7 +410,7 @@ def climbing(key: str, count: int, begin: float, rows: Sequence[Facts]) -> Itera
 
 def distances(key: str, count: int, rows: Sequence[Facts]) -> dict[float, float]:
     """Return the FD of each rate in the search; a student of several step counts is tuned in 4 steps."""
-    own = [r for r in rows if (r["stage"], r["key"], r["count"]) == ("search", key, count)]
+    own = [r for r in rows if r["stage"] == "search" and (r["key"], r["count"]) == (key, count)]
     return {r["rate"]: r["measured"][str(count or 4)]["fd"] for r in own}
 
 

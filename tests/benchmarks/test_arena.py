@@ -60,9 +60,9 @@ def test_rows_of_rates_that_are_not_the_best_any_more_go(load: Load) -> None:
     rows = [
         row("tdm", 1e-4, 0, 3.5, stage="search"), row("tdm", 3e-5, 0, 3.0, stage="search"),
         row("tdm", 1e-4, 0, 3.5), row("tdm", 3e-5, 0, 3.0), row("gan-real", 1e-4, 0, 3.0, stage="settings"),
-        row("lcm", 1e-3, 0, 2.0),
+        row("lcm", 1e-3, 0, 2.0), {"stage": "teacher", "steps": 4},
     ]  # fmt: skip
-    assert arena["up_to_date"](rows) == [*rows[:2], rows[3], rows[5]]
+    assert arena["up_to_date"](rows) == [*rows[:2], rows[3], *rows[5:]]
 
 
 def test_every_setting_is_one_that_its_method_takes(load: Load) -> None:
