@@ -169,30 +169,36 @@ QWEN_25_VL = (
         **SEEN,
     },
 )
-QWEN_3_VL = (
-    "transformers",
-    "Qwen3VLModel",
-    {
-        "model_type": "qwen3_vl",
-        "text_config": {
-            "model_type": "qwen3_vl_text",
-            **language_model(*QWEN_4B, 36, 32, 8, 151936),
-            "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20]},
-        },
-        "vision_config": {
+
+
+def qwen3_vl(kind: str, size: tuple[int, int], width: int, hidden: int, depth: int, deepstack: list[int]) -> Part:
+    """Return a Qwen 3 VL; `width` and those after it are of its eyes."""
+    return (
+        "transformers",
+        kind,
+        {
             "model_type": "qwen3_vl",
-            "depth": 24,
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_heads": 16,
-            "out_hidden_size": 2560,
-            "num_position_embeddings": 2304,
-            "deepstack_visual_indexes": [5, 11, 17],
+            "text_config": {
+                "model_type": "qwen3_vl_text",
+                **language_model(*size, 36, 32, 8, 151936),
+                "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20]},
+            },
+            "vision_config": {
+                "model_type": "qwen3_vl",
+                "depth": depth,
+                "hidden_size": width,
+                "intermediate_size": hidden,
+                "num_heads": 16,
+                "out_hidden_size": size[0],
+                "num_position_embeddings": 2304,
+                "deepstack_visual_indexes": deepstack,
+            },
+            "tie_word_embeddings": size == QWEN_4B,
+            **SEEN,
         },
-        "tie_word_embeddings": True,
-        **SEEN,
-    },
-)
+    )
+
+
 MISTRAL = (
     "transformers",
     "Mistral3ForConditionalGeneration",
@@ -363,6 +369,21 @@ QWENIMAGE = {
     "vae": ("diffusers", "AutoencoderKLQwenImage", {}),
     "scheduler": shifting(max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02),
 }
+QWENIMAGE21 = {  # networks as their classes are by default, which are the published sizes: 7.1, 8.8 and 0.34 B
+    "text_encoder": qwen3_vl("Qwen3VLForConditionalGeneration", QWEN_8B, 1152, 4304, 27, [8, 16, 24]),
+    "processor": (
+        "transformers",
+        "Qwen3VLProcessor",
+        {
+            "length": 4096,
+            "template": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'][0]['text'] }}<|im_end|>\n"
+            "{% endfor %}",
+        },
+    ),
+    "transformer": ("diffusers", "QwenImage21Transformer2DModel", {}),
+    "vae": ("diffusers", "AutoencoderKLQwenImage21", {}),
+    "scheduler": shifting(max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02),
+}
 ZIMAGE = {
     "text_encoder": qwen3("Qwen3Model", *QWEN_4B),
     "tokenizer": QWEN_TOKENIZER,
@@ -371,7 +392,7 @@ ZIMAGE = {
     "scheduler": flow(shift=6.0),  # of the base model, not known for sure; the turbo model's is 3
 }
 KREA2 = {
-    "text_encoder": QWEN_3_VL,
+    "text_encoder": qwen3_vl("Qwen3VLModel", QWEN_4B, 1024, 4096, 24, [5, 11, 17]),
     "tokenizer": QWEN_TOKENIZER,
     "transformer": ("diffusers", "Krea2Transformer2DModel", {}),
     "vae": ("diffusers", "AutoencoderKLQwenImage", {}),
@@ -425,6 +446,7 @@ PIPELINES: dict[str, tuple[str, Mapping[str, Part], Mapping[str, Any]]] = {
     "flux2-klein-9b": ("Flux2KleinPipeline", klein(QWEN_8B, 8, 24, 32), UNDISTILLED),
     "flux2-dev": ("Flux2Pipeline", flux2(MISTRAL, MISTRAL_TOKENIZER), {}),
     "qwenimage": ("QwenImagePipeline", QWENIMAGE, {}),
+    "qwenimage21": ("QwenImage21Pipeline", QWENIMAGE21, {"sample_sigmas": None}),
     "zimage": ("ZImagePipeline", ZIMAGE, {}),
     "krea2": (
         "Krea2Pipeline",
@@ -445,7 +467,7 @@ WORDS = ("a photo of a red fox",)
 
 def qwen_tokenizer(length: int, template: str) -> Any:
     """Return printable bytes, a few words, and the marks of Qwen's conversations."""
-    marks = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    marks = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|image_pad|>"]
     known = word_tokenizer(WORDS, 600, length).get_vocab()
     pieces = sorted(p for p in known if not p.endswith("</w>") and not p.startswith("<|"))
     vocab = {p: i for i, p in enumerate([*pieces, *marks])}
@@ -458,6 +480,7 @@ TOKENIZERS: dict[str, Callable[..., Any]] = {
     "CLIPTokenizer": lambda length: word_tokenizer(WORDS, 600, length),
     "T5Tokenizer": lambda length: letter_tokenizer((), length),
     "Qwen2Tokenizer": qwen_tokenizer,
+    "Qwen3VLProcessor": qwen_tokenizer,
 }
 
 

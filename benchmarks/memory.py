@@ -83,7 +83,9 @@ FULL = tuple(PIPELINES)[:4]  # families small enough for three copies, counted i
 OTHERS = [name for name in ARRANGEMENTS if "one base, checkpointing" in name and "single" not in name]
 BATCH = {"sd15": 4}  # 1 for the others
 SIZES: dict[str, Size] = {  # where it is not what the settings of the networks say
-    **dict.fromkeys(("flux2-klein-4b", "flux2-klein-9b", "flux2-dev", "flux", "qwenimage", "zimage", "krea2"), 1024),
+    **dict.fromkeys(
+        ("flux2-klein-4b", "flux2-klein-9b", "flux2-dev", "flux", "qwenimage", "zimage", "krea2", "qwenimage21"), 1024
+    ),
     "wan22-5b": "832x480x81",
 }
 CARDS = (("16GiB", 1), ("24GiB", 1), ("80GiB", 1), ("80GiB", 8))  # a card's memory, and their number

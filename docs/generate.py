@@ -629,6 +629,7 @@ MODELS = {  # name in memory.json: model, pipeline, network, a teacher's step, t
     "flux2-dev": ("FLUX.2-dev", "Flux2Pipeline", "32.2 B", TOLD, "Mistral 3 24B", ORIGINAL),
     "flux": ("FLUX.1-dev", "FluxPipeline", "11.9 B", TOLD, "CLIP, T5", COMFYUI),
     "qwenimage": ("Qwen-Image, -2512", "QwenImagePipeline", "20.4 B", f"{TWO}, norms kept", "Qwen 2.5 VL 7B", COMFYUI),
+    "qwenimage21": ("Qwen-Image-2.1", "QwenImage21Pipeline", "7.1 B", "1 NFE, unguided", "Qwen 3 VL 8B", COMFYUI),
     "zimage": ("Z-Image", "ZImagePipeline", "6.2 B", TWO, QWEN_4B, COMFYUI),
     "krea2": ("Krea 2", "Krea2Pipeline", "12.8 B", TWO, "Qwen 3 VL 4B", COMFYUI),
     "cogvideox": ("CogVideoX", "CogVideoXPipeline", "1.7, 5.6 B", TWO, "T5", "diffusers"),

@@ -13,6 +13,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
     AutoencoderKLWan,
     CogVideoXPipeline,
     DiffusionPipeline,
@@ -30,6 +31,8 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImage21Pipeline,
+    QwenImage21Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -42,7 +45,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -57,6 +60,7 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3Model,
     Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     Qwen3VLModel,
     T5EncoderModel,
     T5Tokenizer,
@@ -65,10 +69,12 @@ from transformers import (
 )
 
 from fewstep.backbones import miniature, miniature_video
+from fewstep.backbones.autoencoders import over_white
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.families import family_of_pipeline
 from fewstep.backbones.load import around, at_size, load_teacher
 from fewstep.backbones.parts import frozen
+from fewstep.backbones.qwenimage21 import Qwen3VLProcessor
 from fewstep.backbones.unconditional import pixel_pipeline, pixel_unet
 
 from . import tiny
@@ -361,6 +367,37 @@ def qwenimage() -> QwenImagePipeline:
     return QwenImagePipeline(scheduler, qwen_autoencoder(), encoder, tokenizer, transformer)
 
 
+def qwenimage21() -> QwenImage21Pipeline:
+    """Images of 16 pixels a token, with an alpha channel; at size 32, 2x2 tokens."""
+    tokenizer = qwen_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|image_pad|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'][0]['text'] }}<|im_end|>\n{% endfor %}"
+    )
+    transformer = QwenImage21Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        context_in_dim=16,
+        axes_dims_rope=(4, 2, 2),
+    )
+    lively(transformer)
+    vae = AutoencoderKLQwenImage21(
+        base_dim=4,
+        decoder_base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 2, 2, 2],
+        num_res_blocks=1,
+        latents_mean=[0.3, -0.2, 0.1, 0.5],
+        latents_std=[1.5, 0.5, 2.0, 0.7],
+    )
+    scheduler = dynamic_scheduler(max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02)
+    encoder = Qwen3VLForConditionalGeneration(qwen3_vl(tokenizer)).eval()
+    return QwenImage21Pipeline(scheduler, vae.eval(), encoder, Qwen3VLProcessor(tokenizer), transformer)
+
+
 def zimage() -> ZImagePipeline:
     tokenizer = qwen_tokenizer()
     transformer = ZImageTransformer2DModel(
@@ -402,9 +439,8 @@ def flux() -> FluxPipeline:
     )
 
 
-def krea2() -> Krea2Pipeline:
-    tokenizer = qwen_tokenizer()
-    text = Qwen3VLConfig(
+def qwen3_vl(tokenizer: Qwen2Tokenizer) -> Qwen3VLConfig:
+    return Qwen3VLConfig(
         text_config=qwen3(tokenizer, 3) | {"rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
         vision_config={
             "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
@@ -412,6 +448,11 @@ def krea2() -> Krea2Pipeline:
         },
         image_token_id=3, video_token_id=4, vision_start_token_id=5, vision_end_token_id=6,
     )  # fmt: skip
+
+
+def krea2() -> Krea2Pipeline:
+    tokenizer = qwen_tokenizer()
+    text = qwen3_vl(tokenizer)
     transformer = Krea2Transformer2DModel(
         in_channels=16,
         num_layers=2,
@@ -456,6 +497,7 @@ FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
     "flux2": flux2,
     "flux2-dev": flux2_dev,
     "qwenimage": qwenimage,
+    "qwenimage21": qwenimage21,
     "zimage": zimage,
     "flux": flux,
     "krea2": krea2,
@@ -463,9 +505,9 @@ FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
 }
 # Families whose pipelines make images of 1024 pixels by default, with the size that tests take.
 # Families whose tests take long, one of each kind aside: for tests of shapes and images, and for those that train.
-LONG = ("flux2-dev", "krea2")
+LONG = ("flux2-dev", "krea2", "qwenimage21")
 LONG_TRAINED = (*LONG, "sdxl", "sd3", "flux", "flux2", "qwenimage", "zimage")
-SIZES = dict.fromkeys(["flux2", "flux2-dev", "qwenimage", "zimage", "flux", "krea2"], 16)
+SIZES = dict.fromkeys(["flux2", "flux2-dev", "qwenimage", "zimage", "flux", "krea2"], 16) | {"qwenimage21": 32}
 
 
 # Models of a family that are not tested by all that runs over the families.
@@ -498,6 +540,16 @@ def options(family: str, scale: float, count: int) -> dict[str, Any]:
     """What a family's pipeline is told of a guidance scale, for so many prompts."""
     found = family_of_pipeline(FAMILIES[family]()).guidance(scale, count)
     return {k: v for k, v in found.items() if v is not None}
+
+
+def called(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> Tensor:
+    """What a pipeline draws without guidance, over white: prompts one at a time where a batch is drawn otherwise."""
+    family = family_of_pipeline(pipe)
+    if family.alone and len(prompts) > 1:
+        return torch.cat([called(pipe, [p], [s], **options) for p, s in zip(prompts, seeds, strict=True)])
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    found = pipe(prompt=list(prompts), generator=generators, output_type="pt", **options)
+    return found.frames if family.video else over_white(found.images)
 
 
 def save(family: str, folder: Path, seed: int = 0) -> Path:

@@ -46,6 +46,7 @@ ALLOWED = {
     "backbones.load.load_beside": BY_CALLERS,
     "backbones.meta.components": BY_CALLERS,
     "backbones.parts.load_pipeline": BY_CALLERS,
+    "backbones.qwenimage21.Qwen3VLProcessor.from_pretrained": BY_CALLERS,
     "backbones.parts.load_part": BY_CALLERS,
     "backbones.single_file.load_checkpoint": BY_CALLERS,
     "backbones.single_file.require_read": BY_CALLERS,

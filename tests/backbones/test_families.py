@@ -9,16 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionUpscalePipeline
 from torch import Tensor
 
 import fewstep
+from fewstep.backbones.autoencoders import over_white
 from fewstep.backbones.base import guided
 from fewstep.backbones.families import FAMILIES, family_of_pipeline
 from fewstep.backbones.family import Family
 from fewstep.backbones.few_step import drawn
 from fewstep.backbones.generate import sample_images
 from fewstep.backbones.load import at_size, pipeline_of
+from fewstep.backbones.qwenimage21 import Qwen3VLProcessor
 from fewstep.backbones.schedulers import student_scheduler
 from fewstep.checks import check_backbone
 from fewstep.cli.export import run_export
@@ -55,6 +58,8 @@ def test_a_family_keeps_the_protocol(folder: Path) -> None:
 def sizes(family: str) -> tuple[int | None, ...]:
     """Two sizes of images, or None for a family that has one."""
     own = {"sd": 32, "sdxl": 64, "sd3": 24, "pixart": 24, "pixart-sigma": 24}
+    if family == "qwenimage21":
+        return (32, 64)
     return (None, own[family]) if family in own else (16, 24) if family in pipelines.SIZES else (None,)
 
 
@@ -164,12 +169,16 @@ def test_times_of_its_own_go_with_a_student(trained: Path, tmp_path: Path, monke
     assert ('pipe = fewstep.load("' in said) != told
     assert not (final / "comfyui-workflow.json").exists()
     if told and not folder.name.startswith("pixart"):
+        if folder.name == "qwenimage21":  # what a machine with torchvision has
+            whole = staticmethod(lambda place, **_: Qwen3VLProcessor.from_pretrained(place))
+            monkeypatch.setattr(transformers.Qwen3VLProcessor, "from_pretrained", whole)
         snippet, names = re.search(r"```python\n(.*?)```", said, re.DOTALL), dict[str, Any]()
         assert snippet is not None
         monkeypatch.chdir(folder.parent)  # cards name a base on this machine without the folders above it
         exec(snippet[1].replace("a prompt", PROMPTS[0]).replace('"final"', f'"{final}"'), names)
-        seen = torch.from_numpy(np.array(names["image"])).permute(2, 0, 1) / 255
-        torch.testing.assert_close(seen, own[0], rtol=0, atol=0.51 / 255)
+        seen = over_white(torch.from_numpy(np.array(names["image"])).permute(2, 0, 1) / 255)
+        rounded = 2 if folder.name == "qwenimage21" else 1  # colours and alpha
+        torch.testing.assert_close(seen, own[0], rtol=0, atol=0.51 * rounded / 255)
     for form in ("student", "merged"):
         run_export(str(final), tmp_path / form, form, None, None)
     if not told:

@@ -34,6 +34,7 @@ IMG, TXT = (
     for names in (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
 )
 LINEAR1 = (*(f"{SINGLE}.attn.{n}" for n in ("to_q", "to_k", "to_v")), f"{SINGLE}.proj_mlp")
+MLP = tuple(f"transformer_blocks.1.img_mlp.{n}" for n in ("gate_layer", "proj"))
 ZIMAGE = tuple(f"layers.1.attention.{n}" for n in ("to_q", "to_k", "to_v"))
 WAN = "blocks.1.attn2.to_out.0"
 UNET = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -95,6 +96,10 @@ TABLE: list[tuple[str, str, tuple[str, ...]]] = [
     ("qwenimage", "diffusion_model.transformer_blocks.1.attn.to_q", IMG[:1]),
     ("qwenimage", "lora_unet_transformer_blocks_1_attn_add_k_proj", TXT[1:2]),
     ("qwenimage", "lycoris_transformer_blocks_1_attn_to_q", IMG[:1]),
+    ("qwenimage21", f"transformer.{IMG[0]}", IMG[:1]),
+    ("qwenimage21", "diffusion_model.transformer_blocks.1.img_mlp.gate_layer", MLP[:1]),
+    ("qwenimage21", "lora_unet_transformer_blocks_1_img_mlp_gate_layer", MLP[:1]),
+    ("qwenimage21", "diffusion_model.transformer_blocks.1.img_mlp.gate_up", MLP),
     ("zimage", f"transformer.{ZIMAGE[0]}", ZIMAGE[:1]),
     ("zimage", f"diffusion_model.{ZIMAGE[0]}", ZIMAGE[:1]),
     ("zimage", "lora_unet_layers_1_attention_to_q", ZIMAGE[:1]),

@@ -14,7 +14,7 @@ Load = Callable[[str], dict[str, Any]]
 BILLIONS = {  # of the denoisers' weights, as their owners give them; 3.5-M: 2.5 with its table of positions
     "sd15": 0.86, "sdxl": 2.6, "pixart": 0.6, "cogvideox": 1.7, "sd35m": 2.24, "sd35l": 8.1, "flux": 12.0,
     "flux2-klein-4b": 4.0, "flux2-klein-9b": 9.0, "flux2-dev": 32.0, "qwenimage": 20.0, "zimage": 6.0, "krea2": 12.9,
-    "wan21": 1.4, "wan21-14b": 14.0, "wan22-5b": 5.0, "wan22-a14b": 28.0,
+    "qwenimage21": 7.1, "wan21": 1.4, "wan21-14b": 14.0, "wan22-5b": 5.0, "wan22-a14b": 28.0,
 }  # fmt: skip
 
 

@@ -43,6 +43,7 @@ HUB = {
     "FLUX.2-klein": "flux2",
     "FLUX.2-dev": "flux2-dev",
     "FLUX.1-dev": "flux",
+    "Qwen-Image-2.1": "qwenimage21",
     "Qwen-Image": "qwenimage",
     "Z-Image": "zimage",
     "Krea-2": "krea2",
@@ -79,12 +80,14 @@ TEACHERS = {
     "flux2": "FLUX.2-",
     "flux": "FLUX.1-dev",
     "qwenimage": "Qwen-Image",
+    "qwenimage21": "Qwen-Image-2.1",
     "zimage": "Z-Image",
     "krea2": "Krea-2-Raw",
 }
 GUIDANCE = {
     "sd15": 3.5, "sdxl": 8.0, "pixart": 3.5, "cogvideox": 6.0, "wan21": 3.5, "wan22": 3.5, "sd35m": 4.5, "sd35l": 4.5,
     "flux2": 4.0, "flux": 3.5, "qwenimage": 4.0, "zimage": 6.0, "krea2": 5.5,
+    "qwenimage21": 1.0,
 }  # fmt: skip
 HUB_RECIPES = [n for n in recipe_names() if n.partition("-")[0] in TEACHERS]
 

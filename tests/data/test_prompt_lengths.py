@@ -27,7 +27,14 @@ def test_prompts_that_are_cut_and_become_the_same() -> None:
 
 @pytest.mark.parametrize(
     ("family", "lengths"),
-    [("sdxl", [16, 16]), ("sd3", [16, 16, 256]), ("pixart", [120]), ("pixart-sigma", [300]), ("cogvideox", [16])],
+    [
+        ("sdxl", [16, 16]),
+        ("sd3", [16, 16, 256]),
+        ("pixart", [120]),
+        ("pixart-sigma", [300]),
+        ("cogvideox", [16]),
+        ("qwenimage21", [493]),
+    ],
 )
 def test_every_encoder_has_its_own_length(family: str, lengths: list[int]) -> None:
     said = said_of_prompts(around(pipelines.FAMILIES[family](), "tiny"), [LONG * 2, "red cat"])

@@ -23,7 +23,7 @@ from fewstep.student.kohya import native, renamed
 from .. import pipelines
 
 PROMPTS = ["red cat", "a photo of a green house"]
-KINDS = ["flux2", "qwenimage", "flux", "zimage", "krea2"]
+KINDS = ["flux2", "qwenimage", "flux", "zimage", "krea2", "qwenimage21"]
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,7 @@ def test_a_lora_in_the_stock_pipeline_with_its_own_scheduler(family: str, folder
     pipe.load_lora_weights(str(final))
     size = {"height": teacher.image_size, "width": teacher.image_size}
     options = {**pipelines.options(family, scale, len(PROMPTS)), **told, **size}
-    seeds = [torch.Generator().manual_seed(i) for i in (0, 1)]
-    theirs = pipe(prompt=PROMPTS, num_inference_steps=2, generator=seeds, output_type="pt", **options).images
+    theirs = pipelines.called(pipe, PROMPTS, [0, 1], num_inference_steps=2, **options)
     torch.testing.assert_close(theirs, own, rtol=0, atol=1e-4)
 
 

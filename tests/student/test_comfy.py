@@ -157,6 +157,7 @@ def test_a_model_whose_own_shift_will_do(told: bool) -> None:
         ("QwenImagePipeline", "qwen_2.5_vl_7b_fp8_scaled", "qwen_image", "qwen_image_vae"),
         ("ZImagePipeline", "qwen_3_4b", "lumina2", "ae"),
         ("Krea2Pipeline", "qwen3vl_4b_fp8_scaled", "krea2", "qwen_image_vae"),
+        ("QwenImage21Pipeline", "qwen3vl_8b_int8_convrot", "qwen_image", "qwen_image_2.1_vae_bf16"),
     ],
 )
 def test_parts_are_those_of_comfyuis_templates(pipeline: str, encoder: str, kind: str, vae: str) -> None:
@@ -166,7 +167,7 @@ def test_parts_are_those_of_comfyuis_templates(pipeline: str, encoder: str, kind
         kind,
         f"{vae}.safetensors",
     )
-    assert parts.latent == "EmptySD3LatentImage" and not parts.shift
+    assert parts.latent in ("EmptySD3LatentImage", "EmptyLatentImage") and not parts.shift
 
 
 def chain(graph: dict[str, Any], node: str) -> list[str]:
@@ -365,6 +366,7 @@ def test_there_is_no_workflow_that_could_not_run(
         ("stable-diffusion-v1-5/stable-diffusion-v1-5", "v1-5-pruned-emaonly.safetensors"),
         ("krea/Krea-2-Raw", "krea2_raw_bf16.safetensors"),
         ("Qwen/Qwen-Image-2512", "qwen_image_2512_bf16.safetensors"),
+        ("Qwen/Qwen-Image-2.1", "qwen_image_2.1_bf16.safetensors"),
         ("stabilityai/stable-diffusion-3.5-large", "sd3.5_large_fp8_scaled.safetensors"),
         ("some/folder", ""),
         ("emoji", ""),

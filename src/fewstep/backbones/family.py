@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,14 @@ class Family:
     guidance: Callable[[float, int], Mapping[str, Any]] = lambda scale, count: {"guidance_scale": scale}
     # Side of the patches that the pipeline hands its scheduler as tokens [B, N, C]; 0: states as they are.
     patch: int = 0
+    # Whether its stock pipeline draws a prompt otherwise next to longer ones: fewstep compares with one at a time.
+    alone: bool = False
+    # A package that its pipeline needs in stock diffusers, beyond diffusers' own.
+    needs: str = ""
     # States [B, ...] as `pipe(latents=...)` takes them.
     latents: Callable[[Tensor], Tensor] = lambda states: states
-    # Classes of parts whose annotation in the pipeline names a base class alone.
-    kinds: Mapping[str, type[nn.Module]] = field(default_factory=dict)
+    # Classes of parts whose annotation in the pipeline names a base class alone, or that are read otherwise.
+    kinds: Mapping[str, type] = field(default_factory=dict)
     # Raises UnfitError for settings that the backbone does not follow.
     check: Callable[[Any], None] = lambda pipe: None
     # Options of `pipe(prompt, ...)` with which the pipeline takes the prompt unchanged.

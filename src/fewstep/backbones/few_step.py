@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Schedu
 from torch import Tensor, nn
 
 from ..core.schedule import Flow
+from .autoencoders import over_white
 from .experts import Experts
 from .families import FAMILIES, family_of_pipeline
 from .family import ComfyParts, Family
@@ -206,14 +207,18 @@ def drawn(
     times: Sequence[float] | None = None,
     size: Size = 0,
     shape: Sequence[int] = (),
+    seed: int = 0,
 ) -> Tensor:
-    """Sample one image per prompt from seeds 0, 1, and so on.
+    """Sample one image per prompt.
 
-    Returns images [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1]. The pipeline gets `times` where given,
-    and a `size` other than 0. A pipeline without prompts samples as many images. With a `shape`, the
-    initial noise is fewstep's: older torch samples other noise in half precision.
+    Seeds are `seed`, `seed + 1`, and so on. Returns images [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1]. The
+    pipeline gets `times` where given, and a `size` other than 0. A pipeline without prompts samples as many images.
+    With a `shape`, the initial noise is fewstep's: older torch samples other noise in half precision.
     """
     family = family_of_pipeline(pipe)
+    if family.alone and len(prompts) > 1:
+        each = [drawn(pipe, [p], steps, guidance, times, size, shape, seed + i) for i, p in enumerate(prompts)]
+        return torch.cat(each)
     options: dict[str, Any] = {}
     if times is not None:
         options |= told_times(family, pipe.scheduler.config.get("shift", 1.0), times)
@@ -223,7 +228,7 @@ def drawn(
         options |= {"guidance_scale": guidance}
     options |= family.call_options(pipe)
     options |= call_options(size)
-    generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     if not family.takes_prompts:
         return pipe(batch_size=len(prompts), num_inference_steps=steps, generator=generators, output_type="pt").images
     if shape:
@@ -241,4 +246,4 @@ def drawn(
         )
     finally:
         pipe.scheduler = own
-    return result.frames if family.video else result.images
+    return result.frames if family.video else over_white(result.images)

@@ -94,7 +94,10 @@ def components(family: Family, place: str | Path, named: Mapping[str, str], dtyp
     made = dict[str, Any]()
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # one mode for all parts: tensors of several modes do not mix
     for name, called in named.items():
-        kind: Any = network_kind(family.pipeline, name, called, family.kinds) or part_kind(family.pipeline, name)[0]
+        kind: Any = (
+            network_kind(family.pipeline, name, called, family.kinds)
+            or part_kind(family.pipeline, name, family.kinds)[0]
+        )
         if issubclass(kind, ModelMixin):
             config = kind.load_config(str(place), subfolder=name)
             with mode, default_dtype(own_dtype(kind, config, dtype)), warnings.catch_warnings():

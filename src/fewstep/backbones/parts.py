@@ -323,12 +323,13 @@ def load_pipeline(
     source: str | Path,
     dtype: torch.dtype,
     parts: Mapping[str, Any] = MappingProxyType({}),
-    kinds: Mapping[str, type[nn.Module]] = MappingProxyType({}),
+    kinds: Mapping[str, type] = MappingProxyType({}),
     defer: Defer = lambda *_: None,
 ) -> Pipeline:
     """Load a frozen pipeline from a folder or a hub id.
 
-    `parts` replace those of the folder, and `kinds` are classes of parts that the pipeline does not say.
+    `parts` replace those of the folder, and `kinds` are classes of parts that the pipeline does not say, or that are
+    read otherwise.
     `defer(kind, folder, name, dtype)` may return a network that is loaded later. Every weight of the networks is
     accounted for. Raises UnfitError (see `weights.load_network`), and whatever diffusers raises for what is no
     network.
@@ -342,7 +343,9 @@ def load_pipeline(
         for n, k in networks.items()
         if k is not None
     }
-    return frozen(kind.from_pretrained(folder, dtype=dtype, local_files_only=True, **loaded, **parts), dtype)
+    others: dict[str, Any] = {n: kinds[n] for n, network in networks.items() if network is None and n in kinds}
+    read = {n: own.from_pretrained(str(folder), subfolder=n) for n, own in others.items()}
+    return frozen(kind.from_pretrained(folder, dtype=dtype, local_files_only=True, **loaded, **read, **parts), dtype)
 
 
 def fetched(kind: type[DiffusionPipeline], source: str, parts: Mapping[str, Any]) -> Path:
@@ -384,7 +387,7 @@ def part_names(pipeline: type[DiffusionPipeline], index: Mapping[str, Any]) -> d
 
 
 def part_kind(
-    pipeline: type[DiffusionPipeline], name: str, kinds: Mapping[str, type[nn.Module]] = MappingProxyType({})
+    pipeline: type[DiffusionPipeline], name: str, kinds: Mapping[str, type] = MappingProxyType({})
 ) -> tuple[type, ...]:
     """Return the classes that a pipeline allows for a part.
 
@@ -406,7 +409,7 @@ def network_kind(
     pipeline: type[DiffusionPipeline],
     name: str,
     called: str,
-    of: Mapping[str, type[nn.Module]] = MappingProxyType({}),
+    of: Mapping[str, type] = MappingProxyType({}),
 ) -> type[nn.Module] | None:
     """Return the class of a pipeline's network; None for other parts.
 

@@ -11,6 +11,7 @@ from diffusers import (
     DiffusionPipeline,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
+    QwenImage21Pipeline,
     StableDiffusion3Pipeline,
     WanPipeline,
 )
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .base import Backbone
 from .parts import DiffusersBackbone
+from .qwenimage21 import prompt_tokens
 
 T5_TOKENS = 256  # token limit of SD3's third encoder
 PIXART_TOKENS = 120  # token limit of PixArt-alpha
@@ -58,6 +60,9 @@ def readings(backbone: Backbone, prompts: Sequence[str]) -> list[Reading]:
 
 def _tokenizers(pipe: DiffusionPipeline) -> Iterator[tuple[str, PreTrainedTokenizerBase, int]]:
     """Yield a pipeline's tokenizers, with their names and token limits."""
+    if isinstance(pipe, QwenImage21Pipeline):
+        yield "tokenizer", pipe.processor.tokenizer, prompt_tokens(pipe)
+        return
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         words = pipe.components.get(name)
         if not isinstance(words, PreTrainedTokenizerBase):

@@ -25,7 +25,7 @@ from diffusers import (
     WanPipeline,
 )
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.schedule import VP, Flow
 from ..reading import json_in, reason
@@ -561,6 +561,16 @@ def read_labels(file: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
+def require_rows(name: str, words: PreTrainedTokenizerBase, encoder: PreTrainedModel) -> None:
+    """Check that a text encoder knows every token of `name`. Raises UnfitError."""
+    rows = encoder.get_input_embeddings().weight.shape[0]
+    if len(words) > rows:
+        raise UnfitError(
+            f"{name} has {len(words)} tokens, its text encoder {rows}",
+            "resize the encoder's embeddings when tokens are added, and save both",
+        )
+
+
 def _tokenizers(pipe: DiffusionPipeline) -> None:
     """Check that tokenizers go with their text encoders.
 
@@ -571,12 +581,7 @@ def _tokenizers(pipe: DiffusionPipeline) -> None:
         words, encoder = pipe.components.get(name), pipe.components.get(name.replace("tokenizer", "text_encoder"))
         if not isinstance(words, PreTrainedTokenizerBase) or encoder is None:
             continue
-        rows = encoder.get_input_embeddings().weight.shape[0]
-        if len(words) > rows:
-            raise UnfitError(
-                f"{name} has {len(words)} tokens, its text encoder {rows}",
-                "resize the encoder's embeddings when tokens are added, and save both",
-            )
+        require_rows(name, words, encoder)
         most = getattr(encoder.config, "max_position_embeddings", None)
         if most is None:
             continue  # T5 has no last position: its pipelines limit the length of a prompt

@@ -112,7 +112,8 @@ def folded_lora(
 def direction(backbone: Backbone, network: nn.Module, times: Tensor) -> Tensor:
     """Return the smallest direction u with `u . h(t) = 1`.
 
-    At each of the `times [N]`. h(t) is the input of the time layer. Float64, on the CPU.
+    At each of the `times [N]`, and at other times that the network looks at by itself. h(t) is the input of the time
+    layer. Float64, on the CPU.
     """
     seen: list[Tensor] = []
     handle = time_layer(network, backbone.time_layer).register_forward_pre_hook(
@@ -123,8 +124,8 @@ def direction(backbone: Backbone, network: nn.Module, times: Tensor) -> Tensor:
     with torch.no_grad():
         backbone.predict(network, torch.zeros(len(times), *backbone.shape, device=device), times.to(device), cond)
     handle.remove()
-    inputs = seen[0].double().cpu().reshape(len(times), -1)
-    ones = torch.ones(len(times), 1, dtype=torch.float64)
+    inputs = seen[0].double().cpu().flatten(0, -2)
+    ones = torch.ones(len(inputs), 1, dtype=torch.float64)
     return torch.linalg.lstsq(inputs, ones, driver="gelsd").solution[:, 0]
 
 

@@ -35,6 +35,7 @@ CHECKPOINTS = {  # file names under which these models are published
     "krea/Krea-2-Raw": "krea2_raw_bf16.safetensors",
     "Qwen/Qwen-Image": "qwen_image_bf16.safetensors",
     "Qwen/Qwen-Image-2512": "qwen_image_2512_bf16.safetensors",
+    "Qwen/Qwen-Image-2.1": "qwen_image_2.1_bf16.safetensors",
     "Tongyi-MAI/Z-Image": "z_image_bf16.safetensors",
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan2.1_t2v_1.3B_fp16.safetensors",
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan2.1_t2v_14B_fp16.safetensors",

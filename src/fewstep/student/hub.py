@@ -38,7 +38,8 @@ ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 SECONDS = 10.0  # to wait for the hub's first answer
 # Files of a student's folder that fewstep reads. The rest of a whole pipeline is the base's.
 READ = ("*.json", "*.safetensors", "README.md", "scheduler/*", "peft/*", *(f"{p}/*" for p in ("unet", *PARTS)))
-NOT_READ = ("text_encoder*/*", "image_encoder/*", "tokenizer*/*", "vae/*", "images/*", *(f"*{end}" for end in UNLISTED))
+WITHOUT = ("text_encoder*/*", "image_encoder/*", "tokenizer*/*", "processor/*", "vae/*", "images/*")
+NOT_READ = (*WITHOUT, *(f"*{end}" for end in UNLISTED))
 LOGIN = "run: hf auth login (with a token that may write), or set HF_TOKEN"
 # What an upload replaces in a repository that holds a student. Other files there are left alone.
 OURS = (".safetensors", ".json", ".png", "README.md")

@@ -127,6 +127,10 @@ images = fewstep.sample(fewstep.load_student({at}), [""])  # or names of classes
             "Steps and guidance have to be said: "
             f"by itself diffusers takes 50 guided steps, which it was not made for. {beyond}"
         )
+    if stock and info.family.alone:
+        beyond = f"Call it with one prompt at a time: in a batch diffusers draws the shorter ones otherwise. {beyond}"
+    if stock and info.family.needs:
+        beyond = f"diffusers needs {info.family.needs} for it: `pip install {info.family.needs}`. {beyond}"
     if stock and scheduler == "FlowMatchEulerDiscreteScheduler" and SOLVERS[card.solver[str(steps)]].stochastic:
         beyond = (
             "Every step draws fresh noise from torch's own generator, whatever `generator` is: "
