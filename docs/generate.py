@@ -268,10 +268,7 @@ def arena() -> str:
                 *(spread(arena_teacher(k)) for k in (4, 2, 1)),
                 "",
             ),
-            *(
-                (label[key], *(spread(arena_fd(key, k)) for k in (4, 2, 1)), len(arena_fd(key)))
-                for key in raced
-            ),
+            *((label[key], *(spread(arena_fd(key, k)) for k in (4, 2, 1)), len(arena_fd(key))) for key in raced),
         ],
     )
 

@@ -29,7 +29,10 @@ OWN = ("forward", "layer_id", "layer_idx")  # attributes in which equal blocks d
 
 @dataclass(frozen=True)
 class Part:
-    """An output, which lies from `offset` on in memory of `items` numbers; outputs of one `store` share it."""
+    """A tensor's place in memory.
+
+    It begins at `offset` of a `store` of `items` numbers, which others may share.
+    """
 
     kind: Kind
     store: int
@@ -44,13 +47,13 @@ def parts_of(outputs: Sequence[Tensor]) -> tuple[Part, ...] | None:
     for t in outputs:
         store = stores.setdefault(address(t), len(stores))
         items = t.untyped_storage().nbytes() // t.element_size()
-        parts.append(Part(Kind.of(t), store, t.storage_offset(), items))
+        parts.append(Part(Kind.of(t), store, int(t.storage_offset()), items))
     one_type = len({(part.store, part.kind.dtype) for part in parts}) == len(stores)
     return tuple(parts) if one_type else None
 
 
 def placed(parts: Sequence[Part], like: Tensor) -> tuple[Tensor, ...]:
-    """Return outputs without numbers, in memory that they share as the measured ones did."""
+    """Return tensors without numbers, which share memory as measured ones did."""
     memory = {part.store: like.new_empty(part.items, dtype=part.kind.dtype) for part in parts}
     return tuple(memory[p.store].as_strided(p.kind.shape, p.kind.stride, p.offset) for p in parts)
 
@@ -192,12 +195,13 @@ class End(torch.autograd.Function):
         return tuple(ctx.like.new_empty(shape, dtype=dtype) for shape, dtype in ctx.kinds)
 
 
-def hollowed(ledger: MemoryTracker, like: FakeTensor, value: Any) -> Any:
+def hollowed(ledger: MemoryTracker, like: Tensor, value: Any) -> Any:
     """Return a tensor with numbers as one without, and all else unchanged.
 
     Layers before the first weights would calculate with its numbers.
     """
-    if not isinstance(value, Tensor) or isinstance(value, FakeTensor) or value.requires_grad:
+    known = not isinstance(value, Tensor) or isinstance(value, FakeTensor) or value.requires_grad
+    if known or not isinstance(like, FakeTensor):
         return value
     fake = like.fake_mode.from_tensor(value)
     ledger.add(fake)  # beside the one with numbers; else each view of it would count
@@ -206,7 +210,7 @@ def hollowed(ledger: MemoryTracker, like: FakeTensor, value: Any) -> Any:
 
 def measured(
     ledger: MemoryTracker,
-    like: FakeTensor,
+    like: Tensor,
     forward: Callable[..., Any],
     leaves: Sequence[object],
     spec: TreeSpec,
