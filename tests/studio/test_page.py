@@ -118,7 +118,7 @@ def sample(walker: Walker) -> None:
 def vote(walker: Walker, runs: Path) -> None:
     """Vote blind, and count."""
     walker.tab("Compare and vote")
-    walker.fill("#students", "walk, 2", "Enter")
+    walker.pick("#students", "walk, 2")
     walker.fill("#compare-prompts", "2", "Tab")
     walker.fill("#compare-name", "blind", "Tab")
     walker.press("#study-go")

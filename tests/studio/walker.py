@@ -93,6 +93,16 @@ class Walker:
         self.browser.run("const e = document.querySelector(arguments[0]); e.focus(); e.select()", field)
         self.browser.press("Backspace", *text, *keys)
 
+    def pick(self, block: str, text: str) -> None:
+        """One more of the choices of a field that takes several, once the choice is there."""
+        field, listed = f"{block} input", "return [...document.querySelectorAll('[role=option]')].map(e => e.innerText)"
+        self.has(field)
+        self.browser.run("document.querySelector(arguments[0]).focus()", field)
+        self.browser.press(*text)  # Backspace in the empty field would take the last one out
+        self.browser.until(lambda: any(text in choice for choice in self.browser.run(listed)), PATIENCE)
+        self.browser.press("Enter")
+        self.reads(block, text)
+
     def reads(self, selector: str, word: str, seconds: float = PATIENCE) -> None:
         """Wait until a part of the page says something."""
         try:
