@@ -54,6 +54,12 @@ class MemoryTracker(TorchDispatchMode):
                 self.now += size
                 self.peak = max(self.peak, self.now)
 
+    def leave_out(self, tensor: Tensor) -> None:
+        """Count a tensor and its views as nothing: it stands for one that counts."""
+        self.forget(tensor)
+        storage = tensor.untyped_storage()
+        self._seen[storage._cdata] = weakref.ref(storage, partial(self._gone, storage._cdata, 0))
+
     def forget(self, tensor: Tensor) -> None:
         """Count a tensor as freed, although it still lives."""
         storage = tensor.untyped_storage()

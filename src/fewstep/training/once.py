@@ -203,8 +203,9 @@ def hollowed(ledger: MemoryTracker, like: Tensor, value: Any) -> Any:
     known = not isinstance(value, Tensor) or isinstance(value, FakeTensor) or value.requires_grad
     if known or not isinstance(like, FakeTensor):
         return value
-    fake = like.fake_mode.from_tensor(value)
-    ledger.add(fake)  # beside the one with numbers; else each view of it would count
+    with ledger.aside():
+        fake = like.fake_mode.from_tensor(value)
+        ledger.leave_out(fake)  # the one with numbers counts
     return fake
 
 
