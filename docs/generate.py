@@ -255,9 +255,8 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 def arena() -> str:
     """FD of the teacher and of all students that trained for as long, the nearest in 4 steps first."""
     record = json.loads((ROOT / "benchmarks" / "arena.json").read_text(encoding="utf-8"))
-    known = {r["key"]: r["stage"] for r in record["rows"] if r["stage"] not in ("teacher", "search")}
     # Settings have a row here if they were raced in several step counts.
-    raced = [key for key, stage in known.items() if stage in ("race", "counts") and arena_fd(key)]
+    raced = list(dict.fromkeys(r["key"] for r in record["rows"] if r["stage"] in ("race", "counts")))
     raced.sort(key=lambda key: mean(arena_fd(key)))
     label = {key: ("TDM " if key.startswith("after-") else "") + record["common"]["label"][key] for key in raced}
     return table(
