@@ -55,7 +55,10 @@ class MemoryTracker(TorchDispatchMode):
                 self.peak = max(self.peak, self.now)
 
     def leave_out(self, tensor: Tensor) -> None:
-        """Count a tensor and its views as nothing: it stands for one that counts."""
+        """Count a tensor and its views as nothing.
+
+        It stands for one that counts.
+        """
         self.forget(tensor)
         storage = tensor.untyped_storage()
         self._seen[storage._cdata] = weakref.ref(storage, partial(self._gone, storage._cdata, 0))
