@@ -4,7 +4,9 @@ import ipaddress
 import os
 import signal
 import socket
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,25 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.project import ROOT
+
 torch.set_num_threads(1)
 SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines()[1:])
 settings.register_profile("offline", database=None, deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("offline")
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell's background jobs ignore it, and so would every run that a test stops
+# A shell's background jobs and `nohup` ignore these, and so would every run that a test stops.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if sys.platform != "win32":
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_in_the_project() -> Iterator[None]:
+    """Fail a test that writes to the project's own folder."""
+    before = set(os.listdir(ROOT))
+    yield
+    left = {name for name in set(os.listdir(ROOT)) - before if not name.startswith(".")}
+    assert not left, f"left in {ROOT}: {', '.join(sorted(left))}"
 
 
 def _check_local(host: object) -> None:

@@ -71,7 +71,7 @@ def drawn(
     return Preview(drawing_of(recipe), teacher, embed(teacher, labels, None, "x"), None), roles
 
 
-def rows_shown(shown: Preview, roles: Roles, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+def rows_shown(shown: Preview, roles: Roles, monkeypatch: pytest.MonkeyPatch, to: Path) -> dict[str, torch.Tensor]:
     """What the grid of one preview holds."""
     seen: dict[str, torch.Tensor] = {}
 
@@ -80,24 +80,29 @@ def rows_shown(shown: Preview, roles: Roles, monkeypatch: pytest.MonkeyPatch) ->
         return draw_grid(images, labels, prompts)
 
     monkeypatch.setattr(preview, "draw_grid", keep)
-    shown.folder = Path("samples")
+    shown.folder = to
     shown.show(roles, 1, shown.drawing.method)
     return seen
 
 
-def test_teacher_and_fake_score_estimate_the_same_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_teacher_and_fake_score_estimate_the_same_before_anything_is_trained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Without guidance all three roles are one network; with it the teacher's estimates are others."""
-    rows = rows_shown(*drawn({"steps": 4, "guidance": 1.0}, tiny.pixels()), monkeypatch)
+    rows = rows_shown(*drawn({"steps": 4, "guidance": 1.0}, tiny.pixels()), monkeypatch, tmp_path)
     assert list(rows)[2:] == ["estimate of the student", "estimate of the teacher", "estimate of the fake score"]
     assert torch.equal(rows["estimate of the teacher"], rows["estimate of the fake score"])
     assert not torch.equal(rows["estimate of the student"], rows["estimate of the fake score"])
-    rows = rows_shown(*drawn({"steps": 4, "guidance": 4.0}, tiny.pixels()), monkeypatch)
+    rows = rows_shown(*drawn({"steps": 4, "guidance": 4.0}, tiny.pixels()), monkeypatch, tmp_path)
     assert not torch.equal(rows["estimate of the teacher"], rows["estimate of the fake score"])
 
 
-def test_methods_without_a_fake_score_show_no_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_methods_without_a_fake_score_show_no_estimates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     method = {"name": "trajp-l", "steps": 2, "head": "none", "guidance": 2.0}
-    assert list(rows_shown(*drawn(method, tiny.pixels()), monkeypatch)) == ["teacher, 3 steps", "student, 2 steps"]
+    assert list(rows_shown(*drawn(method, tiny.pixels()), monkeypatch, tmp_path)) == [
+        "teacher, 3 steps",
+        "student, 2 steps",
+    ]
 
 
 def test_every_step_count_is_judged_and_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ class Cost:
     are those at the peak of the backward pass, beyond what is there before with the gradients of the outputs.
     """
 
-    outputs: tuple["Part", ...]
+    outputs: tuple[Part, ...]
     places: tuple[int, ...]  # of the outputs in what the block returns; -1 for None
     spec: TreeSpec
     first: int
@@ -76,7 +76,7 @@ class Cost:
     kept: int = 0
     keeps: tuple[bool, ...] = ()
     backward: int = 0
-    gradients: tuple["Part | None", ...] = ()  # of inputs and trained weights; None where there is none
+    gradients: tuple[Part | None, ...] = ()  # of inputs and trained weights; None where there is none
 
     def returned(self, outputs: Sequence[Tensor]) -> Any:
         """Return the outputs as the block returns them."""
@@ -185,14 +185,14 @@ class End(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *outputs: Tensor) -> Tensor:
         """Return the number."""
-        ctx.kinds, ctx.like = [(t.shape, t.dtype) for t in outputs], outputs[0].new_empty(())
+        ctx.each, ctx.like = [(t.shape, t.dtype) for t in outputs], outputs[0].new_empty(())
         return ctx.like.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs' gradients."""
-        return tuple(ctx.like.new_empty(shape, dtype=dtype) for shape, dtype in ctx.kinds)
+        return tuple(ctx.like.new_empty(shape, dtype=dtype) for shape, dtype in ctx.each)
 
 
 def hollowed(ledger: MemoryTracker, like: Tensor, value: Any) -> Any:
