@@ -7,11 +7,12 @@ The teacher draws ten kinds of clothing (Fashion-MNIST in half of its size, 14x1
 with a perceptron of 0.9 million weights, so that seconds of a core hold a training. Methods train all weights, from
 real images where they need images, for equal CPU seconds on one core: iterations follow from a method's pace. Paces are
 medians of iterations for which all trainings take turns, so that a busy machine slows all of them alike; `CPU s` says
-what a training took. Each method has the best of its learning rates, the fake score's being ten times the student's. FD
-is the Frechet distance of 2,000 images to the 10,000 test images in 64 features of a classifier that is trained here,
+what a training took. Each method has the best of its learning rates, the fake score's being ten times the student's
+where nothing else is said. FD is the Frechet distance of 2,000 images to the 10,000 test images in 64 features of a classifier that is trained here,
 in a unit in which real images have a variance of 100. Accuracy is the classifier's, in percent; precision and recall
 are those of third neighbours; diversity is the mean distance of images of a class, relative to that of real ones.
-Students take no guidance.
+Students take no guidance. `longer` trains the nearest for four times the seconds, at the rates found for the shorter
+time.
 
 A stage that was stopped continues: what `arena.json` holds is not run again. FOLDER is Fashion-MNIST's, as in Debian's
 package dataset-fashion-mnist.
@@ -77,7 +78,9 @@ from records import (
 )
 
 SEEDS, COUNTS, GUIDANCE, BATCH = (0, 1, 2), (4, 2, 1), 1.5, 32
-STAGES = ("teacher", "search", "race", "rewards", "settings", "counts")
+STAGES = ("teacher", "search", "race", "counts", "longer", "settings", "rewards")
+LONGER = 4  # times the seconds, for the nearest of a step count
+NEAREST = {1: ("after-progressive", "tdm", "diff-instruct", "dmd2-5", "progressive"), 4: ("after-progressive", "tdm")}
 Settings = dict[str, Any]
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)  # a search goes on until both neighbours of the best rate are worse
 MATCHING, HIGHER = 1e-4, 3e-4  # where it begins
@@ -95,6 +98,7 @@ class Racer:
     reward: str = ""  # one of Arena.rewards
     source: str = ""
     begin: str = ""  # a racer that has the first half of the time, whose student goes on
+    fake: float = 10  # times the student's rate
 
 
 def tdm(label: str, source: str, images: str = "", begin: str = "", **method: Any) -> Racer:
@@ -103,6 +107,13 @@ def tdm(label: str, source: str, images: str = "", begin: str = "", **method: An
     return Racer(label, {"name": "tdm", **method}, counts=counts, images=images, source=source, begin=begin)
 
 
+def dmd2(label: str, updates: int, more: Settings, images: str = "", fake: float = 10) -> Racer:
+    """Return a form of DMD2, which is raced in 4 steps."""
+    method = {"name": "dmd2", "fake": {"updates": updates}, **more}
+    return Racer(f"DMD2, {label}", method, HIGHER, (4,), images, fake=fake)
+
+
+GAN = {"weight": 1.0, "r1": 0.01}
 RACERS: dict[str, Racer] = {
     "tdm": Racer("TDM", {"name": "tdm"}),
     "tdm-unify": Racer("TDM-unify", {"name": "tdm-unify", "steps": list(COUNTS)}),
@@ -113,8 +124,12 @@ RACERS: dict[str, Racer] = {
     "progressive": Racer("progressive distillation", {"name": "progressive"}, HIGHER, images="real"),
     "sid": Racer("SiD", {"name": "sid"}),
     "diff-instruct": Racer("Diff-Instruct", {"name": "diff-instruct"}),
+    "dmd2-2": dmd2("2 fake updates", 2, {}),
+    "dmd2-3": dmd2("3 fake updates", 3, {}),
+    "dmd2-10": dmd2("10 fake updates", 10, {}),
+    "dmd2-even": dmd2("5 fake updates at the student's rate", 5, {}, fake=1),
+    "dmd2-gan": dmd2("5 fake updates, adversarial term, real images", 5, {"gan": GAN}, "real"),
 }
-GAN = {"weight": 1.0, "r1": 0.01}
 OTHERS: dict[str, Racer] = {  # settings of rivals, the likeliest first
     "after-progressive": tdm("after progressive distillation, half of the time each", "", begin="progressive"),
     "after-lcm": tdm("after LCM, half of the time each", "TDM fig. 8", begin="lcm"),
@@ -203,8 +218,8 @@ def training(
         roles.start_from(begin)
     roles = replace(roles, reward=arena.rewards[racer.reward] if racer.reward else None)
     train = TrainConfig(
-        iterations=iterations, batch=BATCH, lr=cell.rate, fake_lr=10 * cell.rate, decay=iterations // 2, ema=0.99,
-        seed=cell.seed,
+        iterations=iterations, batch=BATCH, lr=cell.rate, fake_lr=racer.fake * cell.rate, decay=iterations // 2,
+        ema=0.99, seed=cell.seed,
     )  # fmt: skip
     images = {"": None, "real": arena.real}.get(racer.images) if method.needs.images else None
     if racer.images == "teacher":
@@ -263,9 +278,10 @@ def race(arena: Arena, stage: str, cell: Cell, paces: dict[str, float], rate: fl
     """
     racer, seconds, begin = everyone()[cell.key], 0.0, None
     method, share = method_of(racer, cell.count), 0.5 if racer.begin else 1.0
+    budget = arena.a.seconds * (LONGER if stage == "longer" else 1)
     if racer.begin:
-        begin, seconds = begun(arena, replace(cell, key=racer.begin, rate=rate), share * arena.a.seconds, paces)
-    iterations = max(method.warmup + 2, int(share * arena.a.seconds / paces[name_of(cell.key, cell.count)]))
+        begin, seconds = begun(arena, replace(cell, key=racer.begin, rate=rate), share * budget, paces)
+    iterations = max(method.warmup + 2, int(share * budget / paces[name_of(cell.key, cell.count)]))
     began, curve = CLOCK(), list[tuple[float, float]]()
     marks = [iterations * k // 4 for k in (1, 2, 3)] if stage == "race" and cell.seed == 0 else []
     for i, roles in enumerate(training(arena, racer, method, cell, iterations, begin), 1):
@@ -283,7 +299,7 @@ def race(arena: Arena, stage: str, cell: Cell, paces: dict[str, float], rate: fl
         "count": cell.count,
         "rate": cell.rate,
         "seed": cell.seed,
-        "budget": arena.a.seconds,
+        "budget": budget,
         "iterations": iterations,
         "seconds": seconds,
         "method": racer.method,
@@ -381,13 +397,15 @@ def cells(stage: str, rows: Sequence[Facts], seed: int) -> Iterator[Cell]:
             yield from climbing(key, first(racer), racer.rate, rows)
         for count in (2, 1):
             for key, racer in RACERS.items():
-                if first(racer) and searched(key, rows):
+                if first(racer) and count in racer.counts and searched(key, rows):
                     yield from climbing(key, count, best_rate(key, rows), rows)
     if stage == "race":
         yield from (Cell(key, first(r), best_rate(key, rows), seed) for key, r in RACERS.items())
     if stage == "counts":
         several = [(key, k) for k in (1, 2) for key, r in everyone().items() if first(r) and k in r.counts]
         yield from (Cell(key, k, best_rate(key, rows, k), seed) for key, k in several)
+    if stage == "longer":
+        yield from (Cell(key, k, best_rate(key, rows, k), seed) for k, keys in NEAREST.items() for key in keys)
     if stage in ("rewards", "settings"):
         own = REWARDED if stage == "rewards" else OTHERS
         yield from (Cell(key, 4, best_rate(key, rows), seed) for key in own)
@@ -467,6 +485,7 @@ def plot(a: argparse.Namespace) -> None:
         plot_rewards(record, a.figures / "arena-rewards.png")
 
 
+RANKED = ("method", "rate", "iterations", "CPU s")
 MEASURES = {"fd": 2, "accuracy": 1, "precision": 2, "recall": 2, "diversity": 2}
 SCORED = ("confidence", "saturation")
 
@@ -491,25 +510,34 @@ def page(record: Record) -> str:
         lines.append([steps, solver, f"{guidance:g}", *shown(own), len(own)])
     parts.append("## The teacher\n\n" + markdown(["steps", "solver", "guidance", *head], lines))
     for count in COUNTS:
-        ranked: list[tuple[float, list[object]]] = []
-        for key, racer in {**RACERS, **{k: r for k, r in OTHERS.items() if r.begin}}.items():
-            if own := of(record, key, count):
-                its, took = (statistics.mean(r[k] for r in own) for k in ("iterations", "seconds"))
-                found = [r["measured"][str(count)] for r in own]
-                label = f"TDM {racer.label}" if racer.begin else racer.label
-                told = [label, f"{own[0]['rate']:g}", f"{its:.0f}", f"{took:.1f}"]
-                ranked.append((statistics.mean(m["fd"] for m in found), [*told, *shown(found), len(own)]))
-        if ranked:
-            title = f"## {count} step{'s' if count > 1 else ''}, {seconds_of(record):g} CPU seconds each"
-            table = markdown(["method", "rate", "iterations", "CPU s", *head], [line for _, line in sorted(ranked)])
-            figure = "![FD over CPU seconds, seed 0](../docs/arena.png)\n\n" if count == max(COUNTS) else ""
-            parts.append(f"{title}\n\n{figure}{table}")
+        title = f"## {count} step{'s' if count > 1 else ''}"
+        figure = "![FD over CPU seconds, seed 0](../docs/arena.png)\n\n" if count == max(COUNTS) else ""
+        if lines := ranking(record, count):
+            head_line = f"{title}, {seconds_of(record):g} CPU seconds each"
+            parts.append(f"{head_line}\n\n{figure}{markdown([*RANKED, *head], lines)}")
+        if lines := ranking(record, count, longer=True):
+            head_line = f"{title}, {LONGER * seconds_of(record):g} CPU seconds each"
+            parts.append(f"{head_line}\n\n{markdown([*RANKED, *head], lines)}")
     return "\n\n".join([*parts, *settings_part(record), *rewards_part(record), *search_part(record)]) + "\n"
 
 
-def of(record: Record, key: str, count: int = 4) -> list[Facts]:
+def ranking(record: Record, count: int, longer: bool = False) -> list[list[object]]:
+    """Return the lines of all methods in a step count, the nearest to real images first."""
+    ranked: list[tuple[float, list[object]]] = []
+    for key, racer in {**RACERS, **{k: r for k, r in OTHERS.items() if r.begin}}.items():
+        if own := of(record, key, count, longer):
+            its, took = (statistics.mean(r[k] for r in own) for k in ("iterations", "seconds"))
+            found = [r["measured"][str(count)] for r in own]
+            label = f"TDM {racer.label}" if racer.begin else racer.label
+            told = [label, f"{own[0]['rate']:g}", f"{its:.0f}", f"{took:.1f}"]
+            ranked.append((statistics.mean(m["fd"] for m in found), [*told, *shown(found), len(own)]))
+    return [line for _, line in sorted(ranked, key=lambda one: one[0])]
+
+
+def of(record: Record, key: str, count: int = 4, longer: bool = False) -> list[Facts]:
     """Return the rows of a method that was trained for a step count, or for several."""
-    kinds = [r for r in record.rows if r["stage"] not in ("teacher", "search") and r["key"] == key]
+    stages = ("longer",) if longer else ("race", "counts", "settings", "rewards")
+    kinds = [r for r in record.rows if r["stage"] in stages and r["key"] == key]
     return [r for r in kinds if r["count"] in (0, count) and str(count) in r["measured"]]
 
 

@@ -1,13 +1,13 @@
 """Train, kill, resume, export and sample a family at its true size, on a CPU.
 
     python benchmarks/true_size.py sd15                  # at 512 pixels; writes benchmarks/true_size.md and .json
-    python benchmarks/true_size.py pixart --size 512     # adds this family
+    python benchmarks/true_size.py cogvideox --size 720x480x9    # adds this family
     python benchmarks/true_size.py sd15 --tiny --to /tmp/true    # rehearses it on a tiny pipeline
 
 Networks have their true size and random weights; T5-XXL has one of its 24 layers, at true width. The family's own
 LoRA recipe runs with batch 1 for three iterations by `fewstep distill`, without warm-up, warm start and previews.
-Weights and calculations are in float32 where the recipe says bfloat16: CPUs without units for it take 25 to 40 times
-as long. It is killed (SIGKILL) once its first checkpoint is there, and the same command resumes. The student is
+On a CPU without units for bfloat16 weights and calculations are in float32, since it takes 25 to 40 times as long
+there. It is killed (SIGKILL) once its first checkpoint is there, and the same command resumes. The student is
 exported in every format, loaded again and drawn once. `peak` is the largest resident memory of a training process
 above that of its imports. `planned` is the training as `fewstep plan` counts it, with the encoders and the
 autoencoder, which stay in a CPU's memory; the largest phase counts. Sizes are those of files. Bar: the peak within 10
@@ -41,13 +41,26 @@ from records import Facts, Record, about, markdown, new_record, origin, provenan
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
-SIZES = {"sd15": 512, "pixart": 256, "sdxl": 256}  # pixels; larger ones take too long on a CPU
+SIZES = {  # pixels, and frames; larger ones take too long on a CPU
+    "sd15": "512",
+    "pixart": "512",
+    "sdxl": "512",
+    "sd35m": "512",
+    "cogvideox": "720x480x9",
+    "wan21": "480x272x9",
+    "flux2-klein-4b": "256",
+}
 ITERATIONS = 3
 BAR = 0.10
 PROMPTS = ("a red fox in the snow", "a bowl of ramen", "a house by the sea", "an old fisherman")
 
 
-def built(family: str, folder: Path, tiny: bool) -> Path:
+def has_bfloat16() -> bool:
+    """Tell whether the CPU has units for bfloat16."""
+    return any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
+
+
+def built(family: str, folder: Path, dtype: torch.dtype, tiny: bool) -> Path:
     """Write a family's pipeline with random weights, network by network."""
     if tiny:
         sys.path.append(str(ROOT))
@@ -57,12 +70,15 @@ def built(family: str, folder: Path, tiny: bool) -> Path:
             sys.path.remove(str(ROOT))
         return pipelines.save({"sd15": "sd"}.get(family, family), folder / family)
     torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
     place = configurations.write(family, folder)
     for name, (library, called, config) in configurations.PIPELINES[family][1].items():
         kind: Any = getattr({"diffusers": diffusers, "transformers": transformers}[library], called)
         if isinstance(kind, type) and issubclass(kind, torch.nn.Module):
             made: Any = network(kind, config)
             made.save_pretrained(place / name)
+            del made
+    torch.set_default_dtype(torch.float32)
     return place
 
 
@@ -74,11 +90,10 @@ def network(kind: Any, config: Any) -> Any:
     return kind.from_config(dict(config))
 
 
-def settings(name: str, size: int | None, tiny: bool) -> list[str]:
-    """Return what the recipe is told otherwise."""
+def settings(name: str, size: str | None, single: bool, tiny: bool) -> list[str]:
+    """Return what the recipe is told otherwise; `single`: float32 throughout."""
     sets = {
-        "dtype": "float32",
-        "train.precision": "no",
+        **({"dtype": "float32", "train.precision": "no"} if single else {}),
         "train.iterations": ITERATIONS,
         "train.batch": 1,
         "train.global_batch": 1,
@@ -113,13 +128,16 @@ def watched(command: Sequence[str], log: Path, kill_at: Path | None = None) -> t
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with log.open("a") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
-        while process.poll() is None:
-            peak = max(peak, resident(process.pid))
-            if kill_at is not None and checkpoints(kill_at):
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                return peak, time.perf_counter() - began
-            time.sleep(0.1)
+        try:
+            while process.poll() is None:
+                peak = max(peak, resident(process.pid))
+                if kill_at is not None and checkpoints(kill_at):
+                    process.send_signal(signal.SIGKILL)
+                    process.wait()
+                    return peak, time.perf_counter() - began
+                time.sleep(0.1)
+        finally:  # a training does not outlive its benchmark
+            process.kill()
     if process.returncode or kill_at is not None:
         raise SystemExit(f"{quoted(*command)}: exit {process.returncode}\n{log.read_text()[-3000:]}")
     return peak, time.perf_counter() - began
@@ -137,12 +155,13 @@ def bytes_of(place: Path) -> int:
     return sum(f.stat().st_size for f in ([place] if place.is_file() else place.rglob("*")) if f.is_file())
 
 
-def row(family: str, size: int | None, tiny: bool, work: Path) -> Facts:
+def row(family: str, size: str | None, single: bool, tiny: bool, work: Path) -> Facts:
     """Return one row."""
-    teacher, run, log = built(family, work, tiny), work / "run", work / "log.txt"
+    teacher = built(family, work, torch.float32 if single else torch.bfloat16, tiny)
+    run, log = work / "run", work / "log.txt"
     prompts = work / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS) + "\n")
-    name, sets = f"{family}-tdm4-lora", settings(f"{family}-tdm4-lora", size, tiny)
+    name, sets = f"{family}-tdm4-lora", settings(f"{family}-tdm4-lora", size, single, tiny)
     fewstep = [sys.executable, "-m", "fewstep"]
     command = [*fewstep, "distill", name, "--teacher", str(teacher), "--prompts", str(prompts), "--out", str(run)]
     command += [part for s in sets for part in ("--set", s)]
@@ -170,6 +189,7 @@ def row(family: str, size: int | None, tiny: bool, work: Path) -> Facts:
     return {
         "family": family,
         "size": size,
+        "numbers": "float32" if single else "bfloat16",
         "tiny": tiny,
         "planned": planned(recipe),
         "peak": max(peak, killed_peak) - floor,
@@ -195,6 +215,7 @@ def page(record: Record) -> str:
             [
                 r["family"],
                 r["size"] or "own",
+                r["numbers"],
                 *sizes,
                 f"{ratio:.2f}",
                 "yes" if abs(ratio - 1) <= BAR else "no",
@@ -205,6 +226,7 @@ def page(record: Record) -> str:
     head = [
         "family",
         "pixels",
+        "numbers",
         "planned GiB",
         "peak GiB",
         "ratio",
@@ -231,14 +253,16 @@ def main() -> None:
     parser.add_argument(
         "family", choices=[n for n in configurations.PIPELINES if (ROOT / "recipes" / f"{n}-tdm4-lora.yaml").exists()]
     )
-    parser.add_argument("--size", type=int, help="pixels; by default 512 or 256, or the family's own")
+    parser.add_argument("--size", help=f"as recipes have it; by default the family's own, or {SIZES}")
+    parser.add_argument("--float32", action="store_true", help="also where the CPU has units for bfloat16")
     parser.add_argument("--tiny", action="store_true", help="a tiny pipeline of the family")
     parser.add_argument("--work", type=Path, help="folder for the pipeline and the run, deleted afterwards")
     parser.add_argument("--to", type=Path, default=Path(__file__).parent, help="where the table goes")
     a = parser.parse_args()
     rows = [r for r in stored_rows(a.to / "true_size.json") if r["family"] != a.family]
     with tempfile.TemporaryDirectory(dir=a.work) as folder:
-        rows.append(row(a.family, None if a.tiny else a.size or SIZES.get(a.family), a.tiny, Path(folder)))
+        size = None if a.tiny else a.size or SIZES.get(a.family)
+        rows.append(row(a.family, size, a.float32 or not has_bfloat16(), a.tiny, Path(folder)))
     print(rows[-1], flush=True)
     record = new_record("true_size", "python benchmarks/true_size.py FAMILY", rows, None, {})
     write_record(record, page(record), a.to)

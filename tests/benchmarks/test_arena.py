@@ -34,6 +34,14 @@ def test_each_method_is_shown_at_its_best_rate_the_nearest_first(load: Load) -> 
     assert "| adversarial term, real images | TDM eq. 16 | 0.50 | 5.50 |" in text  # next to the same seed
 
 
+def test_longer_trainings_have_tables_of_their_own(load: Load) -> None:
+    arena = load("arena")
+    rows = [row("tdm", 1e-4, 0, 5.0, 1, "counts"), row("tdm", 1e-4, 0, 3.0, 1, "longer")]
+    text = arena["page"](sys.modules["records"].new_record("arena", "made up", rows, (0,), {"seconds": 12.0}))
+    short, long = text.split("## 1 step, 12 CPU seconds each")[1].split("## 1 step, 48 CPU seconds each")
+    assert "| 5.00 |" in short and "| 3.00 |" not in short and "| 3.00 |" in long and "| 5.00 |" not in long
+
+
 def test_the_search_climbs_to_the_best_rate_and_later_stages_take_it(load: Load) -> None:
     arena = load("arena")
     rates, racers = arena["RATES"], arena["RACERS"]
@@ -43,14 +51,16 @@ def test_the_search_climbs_to_the_best_rate_and_later_stages_take_it(load: Load)
         fd = 1.0 + abs(rates.index(cell.rate) - rates.index(best[cell.count]))
         rows.append(row(cell.key, cell.rate, 0, fd, cell.count or 4, "search") | {"count": cell.count})
     assert len({(r["key"], r["count"], r["rate"]) for r in rows}) == len(rows)
-    for key in racers:
-        for count in (4,) if key == "tdm-unify" else (4, 2, 1):
+    for key, racer in racers.items():
+        for count in (4,) if key == "tdm-unify" else racer.counts:
             assert arena["best_rate"](key, rows, count) == best[0 if key == "tdm-unify" else count], (key, count)
     assert {r["rate"] for r in rows if (r["key"], r["count"]) == ("tdm", 4)} == set(rates[:3])
     for stage, own in (("settings", arena["OTHERS"]), ("rewards", arena["REWARDED"])):
         cells = list(arena["cells"](stage, rows, 1))
         assert {c.rate for c in cells} == {best[4]} and len(cells) == len(own)
     assert {c.rate for c in arena["cells"]("counts", rows, 1) if c.key == "after-lcm"} == {best[2], best[1]}
+    nearest = [*arena["cells"]("longer", rows, 1)]
+    assert {(c.count, c.rate) for c in nearest} == {(1, best[1]), (4, best[4])} and "tdm" in {c.key for c in nearest}
     with pytest.raises(SystemExit, match="no rate in 4 steps yet"):
         list(arena["cells"]("race", [], 0))
 
