@@ -8,11 +8,11 @@ with a perceptron of 0.9 million weights, so that seconds of a core hold a train
 real images where they need images, for equal CPU seconds on one core: iterations follow from a method's pace. Paces are
 medians of iterations for which all trainings take turns, so that a busy machine slows all of them alike; `CPU s` says
 what a training took. Each method has the best of its learning rates, the fake score's being ten times the student's
-where nothing else is said. FD is the Frechet distance of 2,000 images to the 10,000 test images in 64 features of a classifier that is trained here,
-in a unit in which real images have a variance of 100. Accuracy is the classifier's, in percent; precision and recall
-are those of third neighbours; diversity is the mean distance of images of a class, relative to that of real ones.
-Students take no guidance. `longer` trains the nearest for four times the seconds, at the rates found for the shorter
-time.
+where nothing else is said. FD is the Frechet distance of 2,000 images to the 10,000 test images in 64 features of a
+classifier that is trained here, in a unit in which real images have a variance of 100. Accuracy is the classifier's, in
+percent; precision and recall are those of third neighbours; diversity is the mean distance of images of a class,
+relative to that of real ones. Students take no guidance. `longer` trains the nearest for four times the seconds, at the
+rates found for the shorter time.
 
 A stage that was stopped continues: what `arena.json` holds is not run again. FOLDER is Fashion-MNIST's, as in Debian's
 package dataset-fashion-mnist.
