@@ -48,7 +48,8 @@ def test_a_method_trains_resumes_and_writes(family: str, name: str, folders: Any
     roles = fewstep.RolesConfig(rank=2)
     more: dict[str, Any] = {"images": fewstep.ImageSource("teacher", count=8, steps=2)} if method.needs.images else {}
     if method.needs.trajectories:
-        more |= {"trajectories": TrajectoryConfig(count=4, steps=2, solver="ddim")}
+        # Twice the student's steps: a guidance scale that the network is told leaves nothing else to learn.
+        more |= {"trajectories": TrajectoryConfig(count=4, steps=4, solver="ddim")}
 
     def run(out: Path, iterations: int) -> Any:
         train = fewstep.TrainConfig(iterations=iterations, batch=2, lr=0.01, checkpoint_every=1)
