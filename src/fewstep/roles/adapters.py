@@ -7,7 +7,6 @@ which adapter the layers add. All layers read one list of names, so a switch cos
 """
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import _find_minimal_target_modules
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
@@ -34,6 +34,7 @@ TARGETS: dict[str, tuple[type[nn.Module], ...]] = {
     "attention": (nn.Linear,),
 }
 DEFAULT_RANK, LEAST_RANK = 32, 4
+FEW = 16  # layers that PEFT gets at a time
 FITTING = 0.25  # largest share of a network's weights
 
 
@@ -149,20 +150,33 @@ def add_adapter(module: nn.Module, name: str, rank: int, alpha: float, names: Se
 
     The adapter is in single precision, in the named layers. The base weights do not change. The network calls its
     layers from then on: a layer's weight alone lacks the adapter. In a network of fake (meta) tensors it has meta
-    tensors.
+    tensors. PEFT gets a few layers at a time: in a whole network it looks at every module for every layer.
     """
     without_fast_path(module)
+    parts, wanted = dict(module.named_modules()), set(names)
+    layers = [n for n in parts if n in wanted]
+    if not any(isinstance(m, LoraLayer) for m in parts.values()):
+        module.requires_grad_(False)
     place = torch.device("meta") if isinstance(next(module.parameters()), FakeTensor) else nullcontext()
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), place:
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters on one network are intended
+    with torch.random.fork_rng(devices=[]), place:
         torch.manual_seed(seed)
-        inject_adapter_in_model(
-            LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(names), init_lora_weights=True),
-            module,
-            adapter_name=name,
-        )
+        for first in range(0, len(layers), FEW):
+            some = layers[first : first + FEW]
+            box = nn.Module()
+            vars(box).update({k: v for k, v in vars(module).items() if k.startswith("is_loaded_in_")})  # PEFT asks
+            for i, path in enumerate(some):
+                box.add_module(f"layer_{i}", parts[path])
+            own = LoraConfig(r=rank, lora_alpha=alpha, target_modules=[*box._modules], init_lora_weights=True)
+            inject_adapter_in_model(own, box, adapter_name=name)
+            for path, layer in zip(some, box._modules.values(), strict=True):
+                parent, _, child = path.rpartition(".")
+                setattr(module.get_submodule(parent), child, layer)
         for p in adapter_parameters(module, name).values():
             p.data = p.data.float()  # small updates vanish in half precision, whatever the dtype of the base
+    others = [n for n in plain_layers(module) if n not in wanted]
+    least = _find_minimal_target_modules(layers, others)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=least, init_lora_weights=True)
+    vars(module).setdefault("peft_config", {})[name] = config  # where PEFT keeps it
 
 
 def adapter_layers(module: nn.Module) -> list[LoraLayer]:
