@@ -7,12 +7,12 @@ The teacher draws ten kinds of clothing (Fashion-MNIST in half of its size, 14x1
 with a perceptron of 0.9 million weights, so that seconds of a core hold a training. Methods train all weights, from
 real images where they need images, for equal CPU seconds on one core: iterations follow from a method's pace. Paces are
 medians of iterations for which all trainings take turns, so that a busy machine slows all of them alike; `CPU s` says
-what a training took. Each method has the best of its learning rates, the fake score's being ten times the student's
-where nothing else is said. FD is the Frechet distance of 2,000 images to the 10,000 test images in 64 features of a
-classifier that is trained here, in a unit in which real images have a variance of 100. Accuracy is the classifier's, in
-percent; precision and recall are those of third neighbours; diversity is the mean distance of images of a class,
-relative to that of real ones. Students take no guidance. `longer` trains the nearest for four times the seconds, at the
-rates found for the shorter time.
+what a training took. Each method has the best of its learning rates. A fake score has one update for one of the
+student, at ten times its rate; `even` updates are at the student's rate. FD is the Frechet distance of 2,000 images to
+the 10,000 test images in 64 features of a classifier that is trained here, in a unit in which real images have a
+variance of 100. Accuracy is the classifier's, in percent; precision and recall are those of third neighbours; diversity
+is the mean distance of images of a class, relative to that of real ones. Students take no guidance. `longer` trains the
+nearest for four times the seconds, at the rates found for the shorter time.
 
 A stage that was stopped continues: what `arena.json` holds is not run again. FOLDER is Fashion-MNIST's, as in Debian's
 package dataset-fashion-mnist.
@@ -80,7 +80,10 @@ from records import (
 SEEDS, COUNTS, GUIDANCE, BATCH = (0, 1, 2), (4, 2, 1), 1.5, 32
 STAGES = ("teacher", "search", "race", "counts", "longer", "settings", "rewards")
 LONGER = 4  # times the seconds, for the nearest of a step count
-NEAREST = {1: ("after-progressive", "tdm", "diff-instruct", "dmd2-5", "progressive"), 4: ("after-progressive", "tdm")}
+NEAREST = {
+    1: ("after-progressive", "tdm", "diff-instruct", "dmd2-1", "progressive"),
+    4: ("after-progressive", "tdm", "tdm-wide", "diff-instruct-even"),
+}
 Settings = dict[str, Any]
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)  # a search goes on until both neighbours of the best rate are worse
 MATCHING, HIGHER = 1e-4, 3e-4  # where it begins
@@ -98,21 +101,30 @@ class Racer:
     reward: str = ""  # one of Arena.rewards
     source: str = ""
     begin: str = ""  # a racer that has the first half of the time, whose student goes on
-    fake: float = 10  # times the student's rate
+    fake: float = 10  # the fake score's rate, in the student's
+    like: str = "tdm"  # a racer that has its rate, where none is searched
 
 
-def tdm(label: str, source: str, images: str = "", begin: str = "", **method: Any) -> Racer:
-    """Return TDM with a setting of others, which is raced in 4 steps at TDM's rate; after another method in all."""
-    counts = COUNTS if begin else (4,)
-    return Racer(label, {"name": "tdm", **method}, counts=counts, images=images, source=source, begin=begin)
+def tdm(label: str, source: str, images: str = "", begin: str = "", like: str = "tdm", **method: Any) -> Racer:
+    """Return TDM with a setting of others, in 4 steps; after another method in all.
+
+    It has the rate of `like`, and its fake score's, too.
+    """
+    counts, fake = COUNTS if begin else (4,), 10 if like == "tdm" else 1
+    return Racer(label, {"name": "tdm", **method}, MATCHING, counts, images, "", source, begin, fake, like)
 
 
-def dmd2(label: str, updates: int, more: Settings, images: str = "", fake: float = 10) -> Racer:
+def dmd2(label: str, updates: int, more: Settings, images: str = "") -> Racer:
     """Return a form of DMD2, which is raced in 4 steps."""
-    method = {"name": "dmd2", "fake": {"updates": updates}, **more}
-    return Racer(f"DMD2, {label}", method, HIGHER, (4,), images, fake=fake)
+    return Racer(f"DMD2, {label}", {"name": "dmd2", "fake": {"updates": updates}, **more}, HIGHER, (4,), images)
 
 
+def even(label: str, name: str, **method: Any) -> Racer:
+    """Return a method with five fake updates for one of the student, at the student's rate."""
+    return Racer(f"{label}, 5 even fake updates", {"name": name, "fake": {"updates": 5}, **method}, HIGHER, fake=1)
+
+
+WIDE = {"tau_range": "to_noise"}
 GAN = {"weight": 1.0, "r1": 0.01}
 RACERS: dict[str, Racer] = {
     "tdm": Racer("TDM", {"name": "tdm"}),
@@ -127,11 +139,27 @@ RACERS: dict[str, Racer] = {
     "dmd2-2": dmd2("2 fake updates", 2, {}),
     "dmd2-3": dmd2("3 fake updates", 3, {}),
     "dmd2-10": dmd2("10 fake updates", 10, {}),
-    "dmd2-even": dmd2("5 fake updates at the student's rate", 5, {}, fake=1),
     "dmd2-gan": dmd2("5 fake updates, adversarial term, real images", 5, {"gan": GAN}, "real"),
+    "dmd2-even": even("DMD2", "dmd2"),
+    "diff-instruct-even": even("Diff-Instruct", "diff-instruct"),
+    "tdm-even": even("TDM", "tdm"),
+    "tdm-wide": even("TDM, tau up to pure noise", "tdm", match=WIDE),
+    "unify-wide": even("TDM-unify, tau up to pure noise", "tdm-unify", steps=list(COUNTS), match=WIDE),
+    "sid-even": even("SiD", "sid"),
+    "fisher-even": even("TDM, Fisher divergence", "tdm-fisher"),
 }
 OTHERS: dict[str, Racer] = {  # settings of rivals, the likeliest first
     "after-progressive": tdm("after progressive distillation, half of the time each", "", begin="progressive"),
+    "progressive-wide": tdm(
+        "after progressive distillation, half of the time each, tau up to pure noise, 5 even fake updates",
+        "",
+        begin="progressive",
+        like="tdm-wide",
+        match=WIDE,
+        fake={"updates": 5},
+    ),
+    "to-noise": tdm("tau up to pure noise", "TDM eq. 5", match=WIDE),
+    "clean": tdm("clean states, tau over all times", "TDM tab. 7", match={"state": "clean", "tau_range": "full"}),
     "after-lcm": tdm("after LCM, half of the time each", "TDM fig. 8", begin="lcm"),
     "sample-dpmpp": tdm("sampled with DPM-Solver++", "TDM tab. 6", sample_solver="dpmpp"),
     "gan-real": tdm("adversarial term, real images", "TDM eq. 16", "real", gan=GAN),
@@ -437,9 +465,14 @@ def first(racer: Racer) -> int:
     return 0 if "steps" in racer.method else 4
 
 
+def searched_as(key: str) -> str:
+    """Return the method whose rates another one has."""
+    return key if key in RACERS else everyone()[key].like
+
+
 def best_rate(key: str, rows: Sequence[Facts], count: int = 4) -> float:
-    """Return the rate with the lowest FD in the search; TDM's for TDM with a setting of others."""
-    key = key if key in RACERS else "tdm"
+    """Return the rate with the lowest FD in the search; that of a racer alike where none is searched."""
+    key = searched_as(key)
     known = distances(key, count if first(RACERS[key]) else 0, rows)
     if not known:
         raise SystemExit(f"{key} has no rate in {count} steps yet; run --only search first")
@@ -448,7 +481,7 @@ def best_rate(key: str, rows: Sequence[Facts], count: int = 4) -> float:
 
 def searched(key: str, rows: Sequence[Facts], count: int = 4) -> bool:
     """Return whether a method has a rate in a step count."""
-    key = key if key in RACERS else "tdm"
+    key = searched_as(key)
     return bool(distances(key, count if first(RACERS[key]) else 0, rows))
 
 
