@@ -8,8 +8,8 @@ Networks have their true size and random weights; T5-XXL has one of its 24 layer
 recipe runs with batch 1 for three iterations by `fewstep distill`, without warm-up, warm start and previews. On a CPU
 without units for bfloat16 weights and calculations are in float32, since it takes 25 to 40 times as long there. It is
 killed (SIGKILL) once its first checkpoint is there, and the same command resumes. The student is exported in every
-format, loaded again and drawn once. `peak` is the most memory that a training process held above its imports, pages of
-files aside. `planned` is the training as `fewstep plan` counts it, with the encoders and the autoencoder, which stay in
+format, loaded again and drawn once. `peak` is the largest resident memory of a training process above
+that of its imports. `planned` is the training as `fewstep plan` counts it, with the encoders and the autoencoder, which stay in
 a CPU's memory; the largest phase counts. Sizes are those of files. Bar: the peak within 10 % of the plan.
 """
 
@@ -110,21 +110,21 @@ def settings(name: str, size: str | None, single: bool, tiny: bool) -> list[str]
 
 
 def resident(process: int) -> int:
-    """Return the memory that a process holds, in bytes; 0 once it has ended.
+    """Return the largest resident memory of a process so far, in bytes; 0 once it has ended.
 
-    Pages of files that are read count as the system's: it takes them back where memory is short.
+    It includes weights that are pages of their files.
     """
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
 def watched(command: Sequence[str], log: Path, kill_at: Path | None = None) -> tuple[int, float]:
     """Run a command, and kill it once `kill_at` has a checkpoint.
 
-    Returns the most bytes that it held, looked at ten times a second, and the seconds.
+    Returns the largest resident bytes and the seconds.
     """
     began, peak = time.perf_counter(), 0
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
