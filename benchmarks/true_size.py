@@ -8,9 +8,9 @@ Networks have their true size and random weights; T5-XXL has one of its 24 layer
 recipe runs with batch 1 for three iterations by `fewstep distill`, without warm-up, warm start and previews. On a CPU
 without units for bfloat16 weights and calculations are in float32, since it takes 25 to 40 times as long there. It is
 killed (SIGKILL) once its first checkpoint is there, and the same command resumes. The student is exported in every
-format, loaded again and drawn once. `peak` is the largest resident memory of a training process above
-that of its imports. `planned` is the training as `fewstep plan` counts it, with the encoders and the autoencoder, which stay in
-a CPU's memory; the largest phase counts. Sizes are those of files. Bar: the peak within 10 % of the plan.
+format, loaded again and drawn once. `peak` is the largest resident memory of a training process above that of its
+imports. `planned` is the training as `fewstep plan` counts it, with the encoders and the autoencoder, which stay in a
+CPU's memory; the largest phase counts. Sizes are those of files. Bar: the peak within 10 % of the plan.
 """
 
 import argparse
