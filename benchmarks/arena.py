@@ -197,7 +197,7 @@ REWARDED: dict[str, Racer] = {
     for weight in weights
 }
 WARMUP = 40  # updates of the fake score before the student moves
-SKIPPED, COUNTED = 3, 12  # iterations of a pace
+TURNS, TURN = 4, 5  # of a pace, and iterations of a turn: enough that a cache is warm; the first does not count
 YARDSTICK = ("tdm", 4)
 
 
@@ -259,20 +259,21 @@ def training(
 def paces(arena: Arena, wanted: Sequence[tuple[str, int]]) -> dict[str, float]:
     """Return the CPU seconds of an iteration after the warm-up of (method, step count), by name.
 
-    The trainings take turns, so that other processes slow all of them alike.
+    The trainings take turns of some iterations, so that other processes slow all of them alike.
     """
     going, took = {}, dict[str, list[float]]()
     for key, count in wanted:
         racer = everyone()[key]
         going[name_of(key, count)] = training(
-            arena, racer, method_of(racer, count, 1), Cell(key, count, racer.rate, 0), SKIPPED + COUNTED
+            arena, racer, method_of(racer, count, 1), Cell(key, count, racer.rate, 0), TURNS * TURN
         )
-    for _ in range(SKIPPED + COUNTED):
+    for _ in range(TURNS):
         for name, steps in going.items():
             before = CLOCK()
-            next(steps)
-            took.setdefault(name, []).append(CLOCK() - before)
-    return {name: statistics.median(seconds[SKIPPED:]) for name, seconds in took.items()}
+            for _ in range(TURN):
+                next(steps)
+            took.setdefault(name, []).append((CLOCK() - before) / TURN)
+    return {name: statistics.median(seconds[1:]) for name, seconds in took.items()}
 
 
 def name_of(key: str, count: int) -> str:
@@ -763,11 +764,7 @@ def raced(arena: Arena, stage: str, seed: int, rows: Sequence[Facts], paces: dic
     for cell in cells(stage, rows, seed):
         if cell.key in arena.a.keys and not any(r["stage"] == stage and equal(r, cell) for r in rows):
             begin = everyone()[cell.key].begin
-            same = next((r for r in rows if r["stage"] == "search" and equal(r, cell)), None)
-            if stage == "counts" and same is not None:
-                yield {**same, "stage": stage}  # it was this training
-            else:
-                yield race(arena, stage, cell, paces, best_rate(begin, rows, cell.count) if begin else 0.0)
+            yield race(arena, stage, cell, paces, best_rate(begin, rows, cell.count) if begin else 0.0)
 
 
 def equal(row: Facts, cell: Cell) -> bool:
