@@ -505,7 +505,7 @@ def write(rows: Sequence[Facts], common: Mapping[str, Any], a: argparse.Namespac
         if searched(key, rows, k)
     }
     known = {**common, "rate": rate}
-    known["label"] = {key: racer.label for key, racer in everyone().items()}
+    known["label"] = {key: named(racer) for key, racer in everyone().items()}
     record = new_record("arena", "python benchmarks/arena.py --data FOLDER", rows, SEEDS, known)
     write_record(record, page(record), a.to)
 
@@ -562,10 +562,14 @@ def ranking(record: Record, count: int, longer: bool = False) -> list[list[objec
         if own := of(record, key, count, longer):
             its, took = (statistics.mean(r[k] for r in own) for k in ("iterations", "seconds"))
             found = [r["measured"][str(count)] for r in own]
-            label = f"TDM {racer.label}" if racer.begin else racer.label
-            told = [label, f"{own[0]['rate']:g}", f"{its:.0f}", f"{took:.1f}"]
+            told = [named(racer), f"{own[0]['rate']:g}", f"{its:.0f}", f"{took:.1f}"]
             ranked.append((statistics.mean(m["fd"] for m in found), [*told, *shown(found), len(own)]))
     return [line for _, line in sorted(ranked, key=lambda one: one[0])]
+
+
+def named(racer: Racer) -> str:
+    """Return a method's name among others."""
+    return f"TDM {racer.label}" if racer.begin else racer.label
 
 
 def of(record: Record, key: str, count: int = 4, longer: bool = False) -> list[Facts]:

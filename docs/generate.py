@@ -227,16 +227,18 @@ def race() -> str:
     )
 
 
-def of_arena(key: str, count: int = 4) -> list[dict[str, Any]]:
+def of_arena(key: str, count: int = 4, longer: bool = False) -> list[dict[str, Any]]:
     """Return the rows of a method in the arena that was trained for a step count, or for several."""
-    raced = [r for r in stored("arena") if r["stage"] not in ("teacher", "search")]
+    raced = [
+        r for r in stored("arena") if r["stage"] not in ("teacher", "search") and longer == (r["stage"] == "longer")
+    ]
     kinds = [r for r in raced if r["key"] == key and r["count"] in (0, count)]
     return [r for r in kinds if str(count) in r["measured"]]
 
 
-def arena_fd(key: str, count: int = 4) -> list[float]:
+def arena_fd(key: str, count: int = 4, longer: bool = False) -> list[float]:
     """Return the FD of a method in the arena, seed by seed."""
-    return [r["measured"][str(count)]["fd"] for r in of_arena(key, count)]
+    return [r["measured"][str(count)]["fd"] for r in of_arena(key, count, longer)]
 
 
 def arena_teacher(steps: int) -> list[float]:
@@ -255,21 +257,38 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 def arena() -> str:
     """FD of the teacher and of all students that trained for as long, the nearest in 4 steps first."""
     record = json.loads((ROOT / "benchmarks" / "arena.json").read_text(encoding="utf-8"))
-    # Settings have a row here if they were raced in several step counts.
     raced = list(dict.fromkeys(r["key"] for r in record["rows"] if r["stage"] in ("race", "counts")))
-    raced.sort(key=lambda key: mean(arena_fd(key)))
-    label = {key: ("TDM " if key.startswith("after-") else "") + record["common"]["label"][key] for key in raced}
+    raced = sorted((key for key in raced if arena_fd(key, 1)), key=lambda key: mean(arena_fd(key)))
     return table(
-        ("model", "4 steps", "2 steps", "1 step", "seeds in 4 steps"),
+        ("model", "4 steps", "2 steps", "1 step", "seeds"),
         [
             (
                 f"teacher, guided (50 steps: {spread(arena_teacher(50))})",
                 *(spread(arena_teacher(k)) for k in (4, 2, 1)),
                 "",
             ),
-            *((label[key], *(spread(arena_fd(key, k)) for k in (4, 2, 1)), len(arena_fd(key))) for key in raced),
+            *(
+                (
+                    record["common"]["label"][key],
+                    *(spread(arena_fd(key, k)) for k in (4, 2, 1)),
+                    ", ".join(dict.fromkeys(str(len(arena_fd(key, k))) for k in (4, 2, 1))),
+                )
+                for key in raced
+            ),
         ],
     )
+
+
+def arena_longer() -> str:
+    """FD of the nearest students, trained for four times as long."""
+    record = json.loads((ROOT / "benchmarks" / "arena.json").read_text(encoding="utf-8"))
+    counts = {(r["key"], r["count"]): r["seed"] for r in record["rows"] if r["stage"] == "longer"}
+    lines = [
+        (record["common"]["label"][key], k, spread(arena_fd(key, k)), spread(arena_fd(key, k, True)),
+         spread([r["measured"][str(k)]["diversity"] for r in of_arena(key, k, True)]), len(arena_fd(key, k, True)))
+        for key, k in sorted(counts, key=lambda one: (-one[1], mean(arena_fd(*one, True))))
+    ]  # fmt: skip
+    return table(("model", "steps", "30 CPU seconds", "120 CPU seconds", "diversity", "seeds"), lines)
 
 
 def rewards() -> str:
@@ -362,6 +381,7 @@ def claims() -> str:
         ],
         raced("TDM is better than DMD2 in equal time, one fake update", "TDM tab. 1", "dmd2-1"),
         raced("the same, five fake updates", "TDM tab. 1", "dmd2-5"),
+        raced("the same, five fake updates at the student's rate", "TDM tab. 1", "dmd2-even"),
         here("TDM is better than LCM", "TDM tab. 1", "lcm"),
         raced("the same in equal time; LCM has real images there", "TDM tab. 1", "lcm"),
         here("LCM is poor under a deterministic solver", "TDM fig. 8", "lcm", "4 steps, tested with ddim"),
@@ -376,6 +396,12 @@ def claims() -> str:
         here("TDM is better than SiD", "TDM tab. 1", "sid"),
         raced("the same in equal time", "TDM tab. 1", "sid"),
         raced("TDM is better than Diff-Instruct in 4 steps, in equal time", "TDM tab. 1", "diff-instruct"),
+        raced(
+            "the same, five fake updates at the student's rate for both",
+            "TDM tab. 1",
+            "diff-instruct-even",
+            own="tdm-even",
+        ),
         raced("the same in 1 step, where both match one state", "TDM tab. 1", "diff-instruct", 1),
         raced("TDM is better than progressive distillation in equal time", "TDM sec. 2", "progressive"),
         compared("the student is better than its teacher", "TDM tab. 1", tdm, teacher, EMOJI_NOISE, emoji),
@@ -389,6 +415,8 @@ def claims() -> str:
             ring,
         ),
         here("segments that do not overlap help", "TDM eq. 5", "no-segments"),
+        paired("the same in the arena", "TDM eq. 5", "to-noise", better=False),
+        raced("the same with five fake updates at the student's rate", "TDM eq. 5", "tdm-wide", own="tdm-even"),
         here("importance sampling helps", "TDM tab. 5", "no-importance"),
         *(
             here(f"the step-count condition helps in {draw}", "TDM tab. 5", "no-condition", draw, "unify", draw)
@@ -407,6 +435,7 @@ def claims() -> str:
         paired("the same in the arena", "TDM tab. 6", "sample-dpmpp"),
         here("matching noisy samples is better than clean ones, all else equal", "TDM tab. 7", "clean-segment"),
         here("the same with tau over all times", "TDM tab. 7", "clean", "4 steps, tested with ddim"),
+        paired("the same in the arena", "TDM tab. 7", "clean", better=False),
         here("the Fisher divergence is better than reverse KL", "TDM tab. 8", "tdm-4", four, "fisher"),
         raced("the same in the arena", "TDM tab. 8", "tdm", 4, "tdm-fisher"),
         [
@@ -855,6 +884,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "rivals": rivals,
     "race": race,
     "arena": arena,
+    "arena-longer": arena_longer,
     "rewards": rewards,
     "claims": claims,
     "transfer": transfer,
