@@ -7,12 +7,12 @@ The teacher draws ten kinds of clothing (Fashion-MNIST in half of its size, 14x1
 with a perceptron of 0.9 million weights, so that seconds of a core hold a training. Methods train all weights, from
 real images where they need images, for equal CPU seconds on one core: iterations follow from a method's pace. Paces are
 medians of iterations for which all trainings take turns, so that a busy machine slows all of them alike; `CPU s` says
-what a training took. Each method has the best of its learning rates. A fake score has one update for one of the
-student, at ten times its rate; `even` updates are at the student's rate. FD is the Frechet distance of 2,000 images to
-the 10,000 test images in 64 features of a classifier that is trained here, in a unit in which real images have a
-variance of 100. Accuracy is the classifier's, in percent; precision and recall are those of third neighbours; diversity
-is the mean distance of images of a class, relative to that of real ones. Students take no guidance. `longer` trains the
-nearest for four times the seconds, at the rates found for the shorter time.
+what a training took. Each method has the best of its learning rates, the lowest of those within 0.1 FD. A fake score
+has one update for one of the student, at ten times its rate; `even` updates are at the student's rate. FD is the
+Frechet distance of 2,000 images to the 10,000 test images in 64 features of a classifier that is trained here, in a
+unit in which real images have a variance of 100. Accuracy is the classifier's, in percent; precision and recall are
+those of third neighbours; diversity is the mean distance of images of a class, relative to that of real ones. Students
+take no guidance. `longer` trains the nearest for four times the seconds, at the rates found for the shorter time.
 
 A stage that was stopped continues: what `arena.json` holds is not run again. FOLDER is Fashion-MNIST's, as in Debian's
 package dataset-fashion-mnist.
@@ -87,6 +87,7 @@ NEAREST = {
 Settings = dict[str, Any]
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)  # a search goes on until both neighbours of the best rate are worse
 MATCHING, HIGHER = 1e-4, 3e-4  # where it begins
+NOISE = 0.1  # of FD between draws of one model
 
 
 @dataclass(frozen=True)
@@ -472,12 +473,15 @@ def searched_as(key: str) -> str:
 
 
 def best_rate(key: str, rows: Sequence[Facts], count: int = 4) -> float:
-    """Return the rate with the lowest FD in the search; that of a racer alike where none is searched."""
+    """Return the rate with the lowest FD in the search, the lowest rate within noise.
+
+    A racer that is not searched has the rate of one that is like it.
+    """
     key = searched_as(key)
     known = distances(key, count if first(RACERS[key]) else 0, rows)
     if not known:
         raise SystemExit(f"{key} has no rate in {count} steps yet; run --only search first")
-    return min(known, key=known.__getitem__)
+    return min(rate for rate, fd in known.items() if fd <= min(known.values()) + NOISE)
 
 
 def searched(key: str, rows: Sequence[Facts], count: int = 4) -> bool:
