@@ -169,6 +169,8 @@ def test_two_networks_are_two_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has two networks, and x_high_noise\.safetensors is one; put the file"):
         load_teacher(f"{high}@{folder}")
     save_file({k: v.clone() for k, v in pipe.transformer_2.state_dict().items()}, low)
+    with pytest.raises(ValueError, match=r"x_low_noise\.safetensors is one; name the file for high noise"):
+        load_teacher(f"{low}@{folder}")
     found, own = load_teacher(f"{high}@{folder}").module.state_dict(), load_teacher(folder).module.state_dict()
     assert found.keys() == own.keys() and all(torch.equal(found[k], own[k]) for k in own)
 
@@ -191,6 +193,21 @@ def test_a_file_that_is_not_whole(folder: Path, tmp_path: Path, change: dict[str
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("family", ["wan", "sd3", "zimage", "flux2"])
+def test_a_tensor_more_or_under_another_name_is_named(family: str, tmp_path: Path) -> None:
+    """Diffusers' names with a fault stay diffusers' names: no other layout is looked for."""
+    folder, file = pipelines.save(family, tmp_path / family), tmp_path / "x.safetensors"
+    own = {k: v.clone() for k, v in load_teacher(folder).module.state_dict().items()}
+    last = max(own)
+    for tensors, said in (
+        (own | {"foo.bar": torch.zeros(2)}, r"has 'foo\.bar' \(1 tensor"),
+        ({("foo.bar" if k == last else k): v for k, v in own.items()}, rf"lacks '{re.escape(last)}' \(1 tensor"),
+    ):
+        save_file(tensors, file)
+        with pytest.raises(ValueError, match=said):
+            load_teacher(f"{file}@{folder}")
+
+
 def test_a_network_alone_needs_its_pipeline(folder: Path, tmp_path: Path) -> None:
     save_file(original(WanPipeline.from_pretrained(folder)), tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="or their network alone as FILE@PIPELINE"):
@@ -205,8 +222,15 @@ def test_scales_for_rows_and_other_bits() -> None:
         found = decoded(stored, torch.float32)
         assert found.keys() == {"a.weight", "b"} and torch.equal(found["a.weight"], wanted)
     assert torch.equal(decoded({"a.weight": codes.to(torch.float8_e5m2)}, torch.bfloat16)["a.weight"].float(), codes)
-    with pytest.raises(ValueError, match=r"it keeps a\.weight in int8, with scales next to it"):
-        decoded({"a.weight": codes.to(torch.int8), "a.weight_scale": torch.ones(1)}, torch.float32)
+    eight, one = codes.to(torch.float8_e4m3fn), torch.ones(1)
+    for stored, said in (
+        ({"a.weight": codes.to(torch.int8), "a.weight_scale": one}, r"it keeps a\.weight in int8, with scales"),
+        ({"a.weight": codes.to(torch.int8)}, r"it keeps a\.weight in int8, without a scale"),
+        ({"a.weight": eight, "a.scale_weight": one, "b.scale_weight": one}, r"has the scale 'b\.scale_weight', and no"),
+        ({"a.weight": eight, "a.scale_weight": one, "b.weight": eight}, r"'b\.weight' in float8 without a scale, and"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            decoded(stored, torch.float32)
 
 
 @pytest.mark.parametrize(

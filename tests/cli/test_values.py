@@ -13,7 +13,7 @@ import yaml
 from fewstep.atomic import write_json
 from fewstep.backbones.load import absolute, called, fused, hub_id, seen_from, source_of
 from fewstep.cli import distill as module
-from fewstep.cli.preflight import note_shadowed
+from fewstep.cli.preflight import note_guidance, note_shadowed
 from fewstep.runs.recipe import DistillRecipe, FinetuneRecipe, override, read_recipe
 
 from .. import tiny
@@ -308,3 +308,10 @@ def test_more_steps_of_the_teacher_than_it_has_are_said_before_anything_is_walke
     recipe = DistillRecipe.model_validate({**RECIPE, "teacher": "x", "preview": {"teacher_steps": 1001}})
     with pytest.raises(ValueError, match=r"^preview\.teacher_steps: got 1001, allowed are 1 to 1000"):
         module.check_initial(recipe, tiny.denoiser())
+
+
+def test_a_guidance_that_turns_from_prompts_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    for scale, said in ((1.0, ""), (3.5, ""), (0.0, "is 0; below 1"), (-2.0, "is -2; below 1")):
+        note_guidance(scale)
+        out = capsys.readouterr().out
+        assert said in out and bool(out) == bool(said)

@@ -160,6 +160,13 @@ def test_wan_and_its_pair_of_networks(kind: str, tmp_path: Path) -> None:
         base = roles.teacher(cond, cond, Guidance())(x, t).x0
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     assert (ours - base).flatten(1).abs().amax(1).gt(1e-4).all()
+    if len(files) > 1:
+        files[1].unlink()
+        assert said.endswith("layers") and begun(folder, files[0], rank=2)[1].endswith(
+            "; the network for low noise starts from the teacher"
+        )
+        with pytest.raises(ValueError, match=r"^init_from: .*its name does not say for which it is\); rename it"):
+            begun(folder, files[0].rename(tmp_path / "style.safetensors"), rank=2)
 
 
 class Layout(NamedTuple):

@@ -24,6 +24,8 @@ from .weights import UnfitError, Weights, header, refuse, require_finite
 SUFFIX, INDEX = ".safetensors", ".safetensors.index.json"
 STARTS = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.")  # before names in files
 FLOATS8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+CODES = (torch.int8, torch.uint8)
+FEW = 0.1  # share of a network's tensors; a file that lacks more of diffusers' names has other names
 # Names of the scale next to a weight of 8 bits, and of what else such files hold, which weights do not need.
 SCALES = (".scale_weight", ".weight_scale")
 ASIDE = re.compile(r"(^|\.)(scaled_fp8|scale_input|input_scale|comfy_quant)$")
@@ -96,7 +98,7 @@ def read_denoiser(
     with no_init_weights():  # memory is not touched before the tensors take its place
         network: Any = kind.from_config(dict(config))
     own = network.state_dict()
-    if not tensors.keys() <= own.keys():
+    if len(own.keys() - tensors.keys()) > FEW * len(own):
         tensors = _renamed(kind, tensors, config, weights)
     refuse(weights, sorted(own.keys() - tensors.keys()), "lacks", "missing")
     refuse(weights, sorted(tensors.keys() - own.keys()), "has", "left over, which this network does not have")
@@ -122,30 +124,34 @@ def read(files: Sequence[Path]) -> dict[str, Tensor]:
 def decoded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Return weights with those of 8 bits decoded.
 
-    A weight is its codes in float8, times the scale next to it where there is one: one number, or one for each row.
-    Raises UnfitError for other ways of fewer bits.
+    A weight is its numbers, times the scale next to it where there is one: one number, or one for each row. Raises
+    UnfitError for other ways of fewer bits, a scale without a weight, and a weight in float8 that alone has no scale.
     """
     if odd := sorted(n for n in tensors if OTHER_BITS.search(n)):
         raise UnfitError(f"it keeps its weights in 8 bits or fewer, in a way ({odd[0]}) that is not read", BITS_CURE)
-    scales = {n.removesuffix(end): t for n, t in tensors.items() for end in SCALES if n.endswith(end)}
+    scales = {n.removesuffix(end): (n, t) for n, t in tensors.items() for end in SCALES if n.endswith(end)}
+    scaled, bare = bool(scales), list[str]()
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.endswith(SCALES) or ASIDE.search(name):
             continue
-        scale = scales.pop(name.removesuffix(".weight"), None) if name.endswith(".weight") else None
-        if tensor.dtype in FLOATS8:
-            value = tensor.float()
-            if scale is not None:
-                rows = (-1, *[1] * (tensor.ndim - 1))
-                if scale.numel() not in (1, len(tensor)):
-                    raise UnfitError(f"{name} has {scale.numel()} scales, which is neither 1 nor one a row", BITS_CURE)
-                value = value * scale.float().reshape(() if scale.numel() == 1 else rows)
-            found[name] = value.to(dtype)
-        elif scale is not None and not tensor.is_floating_point():
+        _, scale = scales.pop(name.removesuffix(".weight"), ("", None)) if name.endswith(".weight") else ("", None)
+        if tensor.dtype in CODES:
             said = str(tensor.dtype).removeprefix("torch.")
-            raise UnfitError(f"it keeps {name} in {said}, with scales next to it", BITS_CURE)
-        else:
-            found[name] = tensor
+            raise UnfitError(f"it keeps {name} in {said}, {'with scales' if scaled else 'without a scale'}", BITS_CURE)
+        if scale is None:
+            bare += [name] if tensor.dtype in FLOATS8 and name.endswith(".weight") and tensor.ndim > 1 else []
+            found[name] = tensor.float().to(dtype) if tensor.dtype in FLOATS8 else tensor
+            continue
+        if scale.numel() not in (1, len(tensor)):
+            raise UnfitError(f"{name} has {scale.numel()} scales, which is neither 1 nor one a row", BITS_CURE)
+        rows = () if scale.numel() == 1 else (-1, *[1] * (tensor.ndim - 1))
+        found[name] = (tensor.float() * scale.float().reshape(rows)).to(dtype)
+    if scales:
+        name, _ = min(scales.values(), key=lambda one: one[0])
+        raise UnfitError(f"it has the scale {name!r}, and no weight that belongs to it", "download it again")
+    if scaled and bare:
+        raise UnfitError(f"it keeps {min(bare)!r} in float8 without a scale, and others with one", "download it again")
     return found
 
 

@@ -30,7 +30,7 @@ from .denoiser_file import INDEX as INDEX_OF_SHARDS
 from .denoiser_file import DenoiserFile, denoiser_file, read_denoiser
 from .families import FAMILIES, family_of_pipeline, unsupported
 from .family import Family
-from .lora import DENOISERS, fuse
+from .lora import DENOISERS, fuse, second_of_pair
 from .parts import (
     Defer,
     DiffusersBackbone,
@@ -304,9 +304,12 @@ def load_beside(family: Family, file: DenoiserFile, place: str | Path, dtype: to
     folder = Path(place) if Path(place).is_dir() else fetched(family.pipeline, str(place), {**family.parts, **own})
     named = part_names(family.pipeline, family.pipeline.load_config(folder))
     if len(file.networks) < len([p for p in parts if p in named]):
+        name = file.networks[0][0].name
         raise UnfitError(
-            f"{file.base} has two networks, and {file.networks[0][0].name} is one",
-            "put the file for low noise next to it, under the same name with low in place of high",
+            f"{file.base} has two networks, and {name} is one",
+            "name the file for high noise, with this one next to it under the same name with low in place of high"
+            if second_of_pair(name)
+            else "put the file for low noise next to it, under the same name with low in place of high",
         )
     networks: dict[str, Any] = {}
     for part, files in zip(own, file.networks, strict=True):
@@ -386,7 +389,8 @@ def at_size(backbone: Backbone, size: Size | None) -> Backbone:
         raise ValueError(f"size: got {size}, {backbone.name} makes images of one size; leave it out")
     unit, most = backbone.pixels * backbone.multiple, backbone.largest * backbone.pixels
     if not isinstance(size, int) or not unit <= size <= most or size % unit:
-        raise ValueError(f"size: got {size}, allowed for {backbone.name} are multiples of {unit} up to {most}")
+        allowed = f"allowed for {backbone.name} are multiples of {unit} up to {most}"
+        raise ValueError(f"size: got {size}, {allowed}{'' if isinstance(size, int) else ', one number for both sides'}")
     return backbone.at(size // backbone.pixels)
 
 

@@ -66,7 +66,7 @@ from .finish import errors_along, finish, shape_seen, write_best
 from .loading import hashed, loaded
 from .options import in_options
 from .plan import plan_values, plans_of, show
-from .preflight import held, note_shadowed
+from .preflight import held, note_guidance, note_shadowed
 from .progress import OnScreen, console, count_in, meter, put_result, working
 from .prompts import say_of_prompts, training_prompts
 from .run_record import command_line, run_record
@@ -96,6 +96,7 @@ def run_distill(
     require(place_checks(run), "--out")
     fix_workspace(any(part.train.deterministic for part in (recipe, recipe.warm_start) if part is not None))
     note_shadowed(recipe.teacher)
+    note_guidance(recipe.method.guidance.scale)
     if recipe.warm_start is not None and recipe.init_from is not None:
         raise ValueError("init_from: the recipe has a warm_start, whose student is continued; leave one of the two out")
     if dry_run:

@@ -63,6 +63,14 @@ def note_shadowed(teacher: str) -> None:
         console.print(f"note: teacher {place} is the one that ships with fewstep; pass ./{place} for the folder here")
 
 
+def note_guidance(scale: float) -> None:
+    """Print a note where guidance turns a student from its prompts."""
+    if scale < 1:
+        console.print(
+            f"note: method.guidance is {scale:g}; below 1 the teacher turns from its prompts, 1 is without guidance"
+        )
+
+
 @contextmanager
 def held(run: Path) -> Iterator[None]:
     """Hold a run's folder for all processes of the run.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..backbones.base import Backbone
 from ..backbones.denoiser_file import read_denoiser
 from ..backbones.experts import PARTS, Experts, experts_of, parted
-from ..backbones.lora import DENOISERS, LoraError, low_rank, read_lora, second_of_pair, targets_of
+from ..backbones.lora import DENOISERS, LoraError, denoiser_for, low_rank, read_lora, second_of_pair, targets_of
 from ..backbones.low_rank import Part, of_matrix, of_product
 from ..backbones.modules import dtype_of
 from ..backbones.parts import DiffusersBackbone
@@ -119,6 +119,7 @@ def initialize(roles: Roles, file: Path) -> str:
     return (
         f"init_from: rank {rank} keeps {kept / whole:.1%} of the energy of what {file.name} changes, in {used} layers"
         + _said_left(left, lost / whole)
+        + _said_alone(backbone, file)
     )
 
 
@@ -127,6 +128,14 @@ def _said_left(layers: list[str], share: float) -> str:
         return ""
     named = ", ".join(layers[:SHOWN]) + (f" and {len(layers) - SHOWN} more" if len(layers) > SHOWN else "")
     return f"; {share:.1%} of it is in layers without LoRA here ({named})"
+
+
+def _said_alone(backbone: DiffusersBackbone, file: Path) -> str:
+    """Say which network of a pair the files say nothing of."""
+    second = second_of_pair(file.name)
+    if not isinstance(backbone.module, Experts) or second is None or len(_files(backbone, file)) > 1:
+        return ""
+    return f"; the network for {'high' if second else 'low'} noise starts from the teacher"
 
 
 def _put(state: dict[str, Tensor], layer: str, part: Part) -> None:
@@ -181,12 +190,12 @@ def _of_lora(backbone: DiffusersBackbone, file: Path) -> Iterator[Change]:
     Raises LoraError for what is none, or none of this network.
     """
     pipe = parted(backbone.pipe)
-    pair, second = isinstance(backbone.module, Experts), bool(second_of_pair(file.name))
-    facts = read_lora(str(file))
+    pair, facts = isinstance(backbone.module, Experts), read_lora(str(file))
+    both = any(n.startswith(f"{PARTS[1]}.") for n in facts.tensors)  # names say for which network they are
+    own = PARTS[0] if pair and both else denoiser_for(pipe, file.name)
     whole = {n: t for n, t in facts.tensors.items() if n.endswith(WHOLE)}
     facts = facts._replace(tensors={n: t for n, t in facts.tensors.items() if n not in whole})
-    own = next(p for p in DENOISERS if pipe.components.get(p) is not None)
-    for layer, factors, target in targets_of(pipe, facts, PARTS[1] if pair and second else own):
+    for layer, factors, target in targets_of(pipe, facts, own):
         if target.part not in DENOISERS:
             raise LoraError(
                 f"it changes the {target.part} too ({layer}), which a student does not",
@@ -205,7 +214,7 @@ def _of_network(backbone: DiffusersBackbone, file: Path) -> Iterator[Change]:
     Raises UnfitError where it is another network.
     """
     pair, network = isinstance(backbone.module, Experts), backbone.module
-    index = int(pair and bool(second_of_pair(file.name)))
+    index = PARTS.index(denoiser_for(parted(backbone.pipe), file.name)) if pair else 0
     own = experts_of(network)[index]
     state = _plain(own)
     kind: Any = type(own)
