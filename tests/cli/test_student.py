@@ -16,9 +16,10 @@ import fewstep
 from fewstep.backbones.generate import sample_images
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import RolesConfig, make_roles
-from fewstep.runs.init import roles_for
+from fewstep.runs.init import require_same_lora, roles_for
 from fewstep.student.formats import FORMATS
 from fewstep.student.student import Origin, Student
+from tests import pipelines
 from tests.snippets import snippet_of
 
 from .common import as_tensor, error_of
@@ -160,11 +161,28 @@ def test_a_run_may_begin_as_a_finished_student(
     for options, expected in (
         (("--set", "init_from=nowhere"), "init_from: nowhere is no student folder"),
         (("--set", f"roles.lora={str(not share).lower()}"), f"set roles.lora={str(share).lower()}"),
-        *([(("--set", "roles.rank=3"), "set roles.rank to that of the file")] if share else []),
+        *(
+            [(("--set", "roles.rank=3"), "init_from: runs/tiny/final has a LoRA of rank 2, got 3; set roles.rank=2")]
+            if share
+            else []
+        ),
     ):
         capsys.readouterr()
         assert command(monkeypatch, "distill", recipe, *how, *still, "--out", "runs/third", *options) == 2
         assert expected in error_of(capsys)
+        assert not Path("runs/third/embeddings").exists()  # it is said before
+
+
+def test_a_start_of_another_rank_or_family_is_refused_before_the_run(
+    trained: Path, teacher: Path, tmp_path: Path
+) -> None:
+    final, own = trained / "final", fewstep.load_teacher(teacher)
+    require_same_lora(own, final, RolesConfig(rank=2))
+    with pytest.raises(ValueError, match=r"^init_from: .* has a LoRA of rank 2, got 4; set roles\.rank=2$"):
+        require_same_lora(own, final, RolesConfig(rank=4))
+    other = pipelines.load(pipelines.save("pixart", tmp_path / "pixart"))
+    with pytest.raises(ValueError, match=r"^init_from: .* has no layer .* are missing\); start from a student of this"):
+        require_same_lora(other, final, RolesConfig(rank=2))
 
 
 @pytest.mark.slow

@@ -41,8 +41,8 @@ from ..report.words import finite, plural
 from ..roles.quantized import quantize, weight_count
 from ..roles.roles import Roles, large_rank
 from ..runs.encoder_record import known_encoders
-from ..runs.foreign import require_initial
-from ..runs.init import check_conditioning, inherited_head, roles_for
+from ..runs.foreign import is_foreign, require_initial
+from ..runs.init import check_conditioning, inherited_head, require_same_lora, roles_for
 from ..runs.metrics_log import MetricsLog
 from ..runs.place import place_checks
 from ..runs.prepare import EMBEDDINGS, ImageSource, RunSpec, prepare, require_exportable
@@ -480,6 +480,8 @@ def check_initial(recipe: DistillRecipe, teacher: Backbone) -> None:
     """
     if (folder := initial_folder(recipe)) is not None:
         inherited_head(recipe.method, teacher, folder)
+        if not is_foreign(folder):
+            require_same_lora(teacher, folder, recipe.roles)
     require_preview_steps(recipe, teacher)
     if isinstance(teacher, PixelModel) and recipe.preview.prompts:
         with in_options({"prompts": "preview.prompts"}):

@@ -10,13 +10,16 @@ from pathlib import Path
 import torch
 
 from ..backbones.base import EMBEDDED, Backbone
+from ..backbones.experts import Experts
 from ..backbones.modules import dtype_of
 from ..data.trajectories import Trajectories
 from ..heads.head import Head, facts_of, kind_of, make_head, require_steps, unknown
 from ..methods.method import Method, require_initial_student
+from ..roles.adapters import plain_layers
 from ..roles.roles import Roles, RolesConfig, make_roles
 from ..student.base import require_own
-from ..student.folder import read_card, read_head, read_parts
+from ..student.card import StudentCard
+from ..student.folder import read_card, read_head, read_lora, read_parts
 from . import foreign
 from .foreign import is_foreign, require_fitting
 
@@ -106,6 +109,35 @@ def inherited_head(method: Method, teacher: Backbone, init_from: Path | None) ->
     return head
 
 
+def require_same_lora(teacher: Backbone, folder: Path, config: RolesConfig) -> None:
+    """Check that a finished student's LoRA can go on in a run, before the run.
+
+    Raises ValueError where the run trains other weights, the teacher lacks its layers, or the rank is another.
+    """
+    card = read_card(folder)
+    _require_kind(card, folder, config)
+    if card.weights != "lora":
+        return
+    state, known = read_lora(folder, isinstance(teacher.module, Experts)), plain_layers(teacher.module)
+    layers = {k.rsplit(".lora_", 1)[0]: v for k, v in state.items() if ".lora_A" in k}
+    if missing := sorted(n for n in layers if n not in known):
+        raise ValueError(
+            f"init_from: {folder} is a student of {card.base}, and {teacher.name} has no layer {missing[0]} "
+            f"({len(missing)} of {len(layers)} are missing); start from a student of this model"
+        )
+    rank = next((v.shape[0] for n, v in layers.items() if n != teacher.time_layer), config.rank)
+    if rank != config.rank:
+        raise ValueError(f"init_from: {folder} has a LoRA of rank {rank}, got {config.rank}; set roles.rank={rank}")
+
+
+def _require_kind(card: StudentCard, folder: Path, config: RolesConfig) -> None:
+    if (card.weights != "full") != config.lora:
+        raise ValueError(
+            f"init_from: {folder} is a student of weights {card.weights}; "
+            f"set roles.lora={str(card.weights != 'full').lower()}"
+        )
+
+
 def initialize(roles: Roles, folder: Path) -> None:
     """Initialize the student of a run from the student in `folder`.
 
@@ -113,11 +145,7 @@ def initialize(roles: Roles, folder: Path) -> None:
     fit.
     """
     card = read_card(folder)
-    if (card.weights != "full") != roles.config.lora:
-        raise ValueError(
-            f"init_from: {folder} is a student of weights {card.weights}; "
-            f"set roles.lora={str(card.weights != 'full').lower()}"
-        )
+    _require_kind(card, folder, roles.config)
     if card.weights == "none":
         return  # a head alone, which `roles_for` has set
     parts, layer = read_parts(folder, roles.backbone), roles.backbone.time_layer
