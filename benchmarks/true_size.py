@@ -159,8 +159,8 @@ def bytes_of(place: Path) -> int:
     return sum(f.stat().st_size for f in ([place] if place.is_file() else place.rglob("*")) if f.is_file())
 
 
-def row(family: str, size: str | None, single: bool, tiny: bool, work: Path) -> Facts:
-    """Return one row."""
+def row(family: str, size: str | None, single: bool, tiny: bool, whole: bool, work: Path) -> Facts:
+    """Return one row; not `whole`: of the training alone."""
     teacher = built(family, work, torch.float32 if single else torch.bfloat16, tiny)
     run, log = work / "run", work / "log.txt"
     prompts = work / "prompts.txt"
@@ -178,7 +178,7 @@ def row(family: str, size: str | None, single: bool, tiny: bool, work: Path) -> 
         "checkpoint": bytes_of(checkpoints(run)[-1]),
         "student": bytes_of(run / "final"),
     }
-    for form in FORMATS:
+    for form in FORMATS if whole else ():
         out = work / form
         exported = subprocess.run(
             [*fewstep, "export", str(run), str(out), "--format", form], capture_output=True, text=True
@@ -187,8 +187,9 @@ def row(family: str, size: str | None, single: bool, tiny: bool, work: Path) -> 
         if exported.returncode:
             print(exported.stderr[-500:], flush=True)
         shutil.rmtree(out, ignore_errors=True)
-    image = work / "image.png"
-    _, drawn_in = watched([*fewstep, "sample", str(run), "-p", PROMPTS[0], "-o", str(image)], log)
+    image, drawn_in = work / "image.png", None
+    if whole:
+        _, drawn_in = watched([*fewstep, "sample", str(run), "-p", PROMPTS[0], "-o", str(image)], log)
     recipe = read_recipe(name, sets, DistillRecipe, {"teacher": str(teacher)})
     return {
         "family": family,
@@ -202,7 +203,7 @@ def row(family: str, size: str | None, single: bool, tiny: bool, work: Path) -> 
         "killed_after_s": killed_after,
         "resumed_in_s": resumed_in,
         "drawn_in_s": drawn_in,
-        "image": bytes_of(image),
+        "image": bytes_of(image) if whole else None,
         "files": files,
         **origin(),
     }
@@ -214,7 +215,8 @@ def page(record: Record) -> str:
     for r in record.rows:
         ratio = r["peak"] / r["planned"]
         sizes = (f"{r[key] / GIB:.2f}" for key in ("planned", "peak"))
-        seconds = (f"{r[key]:.0f}" for key in ("killed_after_s", "resumed_in_s", "drawn_in_s"))
+        took = (r[key] for key in ("killed_after_s", "resumed_in_s", "drawn_in_s"))
+        seconds = ("" if s is None else f"{s:.0f}" for s in took)
         lines.append(
             [
                 r["family"],
@@ -260,13 +262,14 @@ def main() -> None:
     parser.add_argument("--size", help=f"as recipes have it; by default the family's own, or {SIZES}")
     parser.add_argument("--float32", action="store_true", help="also where the CPU has units for bfloat16")
     parser.add_argument("--tiny", action="store_true", help="a tiny pipeline of the family")
+    parser.add_argument("--training", action="store_true", help="neither exports nor a drawing")
     parser.add_argument("--work", type=Path, help="folder for the pipeline and the run, deleted afterwards")
     parser.add_argument("--to", type=Path, default=Path(__file__).parent, help="where the table goes")
     a = parser.parse_args()
     rows = [r for r in stored_rows(a.to / "true_size.json") if r["family"] != a.family]
     with tempfile.TemporaryDirectory(dir=a.work) as folder:
         size = None if a.tiny else a.size or SIZES.get(a.family)
-        rows.append(row(a.family, size, a.float32 or not has_bfloat16(), a.tiny, Path(folder)))
+        rows.append(row(a.family, size, a.float32 or not has_bfloat16(), a.tiny, not a.training, Path(folder)))
     print(rows[-1], flush=True)
     record = new_record("true_size", "python benchmarks/true_size.py FAMILY", rows, None, {})
     write_record(record, page(record), a.to)
