@@ -110,7 +110,7 @@ def inherited_head(method: Method, teacher: Backbone, init_from: Path | None) ->
 
 
 def require_same_lora(teacher: Backbone, folder: Path, config: RolesConfig) -> None:
-    """Check that a finished student's LoRA can go on in a run, before the run.
+    """Check that a run can continue a finished student's LoRA.
 
     Raises ValueError where the run trains other weights, the teacher lacks its layers, or the rank is another.
     """
