@@ -652,12 +652,13 @@ def search_part(record: Record) -> list[str]:
 
 def plot_race(record: Record, file: Path) -> None:
     """Draw FD over CPU seconds of every method in 4 steps, with the teacher's."""
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for i, (key, racer) in enumerate(RACERS.items()):
+    figure, axes = plt.subplots(figsize=(10, 4.5), layout="constrained")
+    for i, (key, racer) in enumerate((key, racer) for key, racer in RACERS.items() if racer.counts == COUNTS):
         first_seed = [r for r in of(record, key) if r["seed"] == 0]
         for row in first_seed:
             points = [*row["curve"], (row["seconds"], row["measured"]["4"]["fd"])]
-            style = {"color": "black", "linewidth": 2.5} if key == "tdm" else {"color": plt.get_cmap("tab10")(i)}
+            style: Settings = {"color": plt.get_cmap("tab20")(i), "linestyle": "--" if racer.fake == 1 else "-"}
+            style |= {"color": "black", "linewidth": 2.5} if key == "tdm" else {}
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=racer.label, **style)
     for steps in (50, 8, 4):
         own = [r for r in record.rows if r["stage"] == "teacher" and (r["steps"], r["solver"]) == (steps, "ddim")]
@@ -669,7 +670,7 @@ def plot_race(record: Record, file: Path) -> None:
     axes.set(xlabel="CPU seconds of training", ylabel="FD to real images, 4 steps", yscale="log")
     axes.set_yticks([2, 3, 4, 5, 6, 8], list("234568"))
     axes.minorticks_off()
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
