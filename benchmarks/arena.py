@@ -127,6 +127,13 @@ def even(label: str, name: str, **method: Any) -> Racer:
 
 WIDE = {"tau_range": "to_noise"}
 GAN = {"weight": 1.0, "r1": 0.01}
+
+
+def weighed(name: str) -> Settings:
+    """Return the settings of an f-divergence, whose ratio a discriminator knows."""
+    return {"match": {"divergence": name}, "gan": {**GAN, "loss": "non-saturating"}}
+
+
 RACERS: dict[str, Racer] = {
     "tdm": Racer("TDM", {"name": "tdm"}),
     "tdm-unify": Racer("TDM-unify", {"name": "tdm-unify", "steps": list(COUNTS)}),
@@ -141,6 +148,12 @@ RACERS: dict[str, Racer] = {
     "dmd2-3": dmd2("3 fake updates", 3, {}),
     "dmd2-10": dmd2("10 fake updates", 10, {}),
     "dmd2-gan": dmd2("5 fake updates, adversarial term, real images", 5, {"gan": GAN}, "real"),
+    "dmd2-gan-own": dmd2(
+        "5 fake updates, adversarial term on the fake score's features, real images",
+        5,
+        {"gan": {**GAN, "features": "fake"}},
+        "real",
+    ),
     "dmd2-even": even("DMD2", "dmd2"),
     "diff-instruct-even": even("Diff-Instruct", "diff-instruct"),
     "tdm-even": even("TDM", "tdm"),
@@ -175,6 +188,18 @@ OTHERS: dict[str, Racer] = {  # settings of rivals, the likeliest first
     "pull": tdm("fake score pulled to the student, 0.03", "arXiv 2506.00523", fake={"pull": 0.03}),
     "ladder": tdm("ladder of 16, 8, 4 steps", "FastVideo's trainer of TDM", ladder=[16, 8]),
     "transition": tdm("fake score on the transition noise", "arXiv 2605.26108", fake={"target": "transition"}),
+    "consistency": tdm(
+        "fake score on the transition noise, its consistency at 0.01",
+        "arXiv 2605.26108",
+        fake={"target": "transition", "consistency": 0.01},
+    ),
+    "density-ratio": tdm(
+        "fake score weighed by the density ratio to the power 1/d", "TDM eq. 7", fake={"density_ratio": True}
+    ),
+    "first-step": tdm("first step regressed on the teacher, 0.05", "arXiv 2602.03139", first_step={"weight": 0.05}),
+    "first-step-1": tdm("first step regressed on the teacher, 1", "arXiv 2602.03139", first_step={"weight": 1.0}),
+    "f-js": tdm("Jensen-Shannon weights, adversarial term, real images", "arXiv 2502.15681", "real", **weighed("js")),
+    "f-kl": tdm("forward KL weights, adversarial term, real images", "arXiv 2502.15681", "real", **weighed("kl")),
     "l2": tdm("l2 with DMD's normaliser", "TDM app. F", loss="l2"),
     "train-renoise": tdm("re-noising", "arXiv 2303.01469", solver="renoise"),
 }

@@ -22,7 +22,7 @@ from fewstep.backbones.rivals import RIVALS, Rival
 from fewstep.config_fields import allowed_text, field_texts
 from fewstep.core.guidance import Guidance
 from fewstep.evaluation.metrics import METRICS
-from fewstep.methods.distribution_matching import FakeScoreConfig, GanConfig, MatchConfig, RewardConfig
+from fewstep.methods.distribution_matching import FakeScoreConfig, FirstStepConfig, GanConfig, MatchConfig, RewardConfig
 from fewstep.methods.presets import METHODS, PRESETS
 from fewstep.roles.roles import RolesConfig
 from fewstep.runs.recipe import DataConfig, DistillRecipe, PreviewConfig, PromptsConfig, StageConfig
@@ -769,7 +769,13 @@ def recipe_settings() -> str:
         names = ", ".join(f"`{name}`" for name, known in PRESETS.items() if type(known) is kind)
         own = [name for name in common if name != "name"]
         parts += [f"\n## `method` of {names}\n\n", settings_of(kind, "method.", own)]
-    blocks = {"match": MatchConfig, "fake": FakeScoreConfig, "gan": GanConfig, "reward": RewardConfig}
+    blocks = {
+        "match": MatchConfig,
+        "fake": FakeScoreConfig,
+        "gan": GanConfig,
+        "first_step": FirstStepConfig,
+        "reward": RewardConfig,
+    }
     for block, part in blocks.items():
         parts += [f"\n## `method.{block}`\n\n", settings_of(part, f"method.{block}.")]
     parts += [

@@ -26,7 +26,14 @@ from .data.trajectories import TrajectoryConfig
 from .evaluation.process import ProcessCheck, check_process
 from .findings import require
 from .methods.consistency import ConsistencyDistillation
-from .methods.distribution_matching import DistributionMatching, FakeScoreConfig, GanConfig, MatchConfig, RewardConfig
+from .methods.distribution_matching import (
+    DistributionMatching,
+    FakeScoreConfig,
+    FirstStepConfig,
+    GanConfig,
+    MatchConfig,
+    RewardConfig,
+)
 from .methods.method import Method
 from .methods.presets import ROLES, preset, require_roles
 from .methods.progressive import ProgressiveDistillation
@@ -308,6 +315,7 @@ __all__ = [
     "DistillationWarning",
     "DistributionMatching",
     "FakeScoreConfig",
+    "FirstStepConfig",
     "Flow",
     "GanConfig",
     "Guidance",

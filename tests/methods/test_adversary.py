@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fewstep.backbones.base import EMBEDDED, Cond
+from fewstep.backbones.base import EMBEDDED, Backbone, Cond
 from fewstep.core.schedule import expand
 from fewstep.methods.distribution_matching import (
     DistributionMatching,
@@ -17,14 +18,17 @@ from fewstep.methods.distribution_matching import (
     discriminator_loss,
     draw,
     matching_losses,
+    student_logits,
 )
 from fewstep.methods.method import RealBatch
 from fewstep.objectives.adversarial import GAN_LOSSES
-from fewstep.roles.discriminator import Discriminator
+from fewstep.roles.discriminator import Discriminator, features
 from fewstep.roles.roles import TRAINED, Roles, RolesConfig, make_roles
 
 from .. import tiny
 from .common import BATCH, conditions, gradients, seed, train_batch
+
+TRAINED_BY: tuple[Literal["teacher", "fake"], ...] = ("teacher", "fake")
 
 
 def adversaries(share: bool = True) -> Roles:
@@ -70,8 +74,9 @@ def test_the_adversarial_losses_are_their_formulas(game: str) -> None:
     real, judge, rules = real_data(roles), roles.discriminator, GAN_LOSSES[game]
     assert judge is not None
     x_real = expand(tiny.TABLE.alpha(d.tau), real.x0) * real.x0 + expand(tiny.TABLE.sigma(d.tau), real.x0) * d.e
-    theirs = [f.requires_grad_() for f in judge.tokens(x_real, d.tau, real.cond)]
-    logits, ours = judge.logits(theirs, d.tau, 4), judge.logits(judge.tokens(d.x_tau, d.tau, d.cond), d.tau, 4)
+    theirs = [f.detach().requires_grad_() for f in roles.tokens("teacher", x_real, d.tau, real.cond)]
+    logits = judge.logits(theirs, d.tau, 4)
+    ours = judge.logits(roles.tokens("teacher", d.x_tau, d.tau, d.cond), d.tau, 4)
     slopes = torch.autograd.grad(logits.mean(1).sum(), theirs, create_graph=True)
     penalty = sum(g.square().flatten(1).sum(1) for g in slopes) / 2
     expected = (rules.real(logits) + rules.fake(ours) + 0.3 * penalty).mean()
@@ -79,8 +84,7 @@ def test_the_adversarial_losses_are_their_formulas(game: str) -> None:
         discriminator_loss(DistributionMatching(gan=GanConfig(weight=1.0, loss=game, r1=0.3)), roles, d, real), expected
     )
     torch.testing.assert_close(
-        adversarial_loss(DistributionMatching(gan=GanConfig(weight=1.0, loss=game)), roles, d),
-        rules.student(ours).mean(),
+        adversarial_loss(DistributionMatching(gan=GanConfig(weight=1.0, loss=game)), ours), rules.student(ours).mean()
     )
 
 
@@ -107,13 +111,12 @@ def test_the_discriminator_is_told_the_step_count_that_the_student_took(monkeypa
 def test_features_are_of_the_guidance_that_student_and_teacher_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not of the one that a pipeline tells by default; of a network that is told none, conditions stay as they are."""
     told: list[list[float]] = []
-    tokens = Discriminator.tokens
 
-    def watched(judge: Discriminator, x: Tensor, tau: Tensor, cond: Cond) -> list[Tensor]:
+    def watched(backbone: Backbone, network: nn.Module, x: Tensor, tau: Tensor, cond: Cond) -> list[Tensor]:
         told.append(cond[EMBEDDED].tolist())
-        return tokens(judge, x, tau, {k: v for k, v in cond.items() if k != EMBEDDED})
+        return features(backbone, network, x, tau, {k: v for k, v in cond.items() if k != EMBEDDED})
 
-    monkeypatch.setattr(Discriminator, "tokens", watched)
+    monkeypatch.setattr("fewstep.roles.roles.features", watched)
     method = DistributionMatching(gan=GanConfig(weight=0.5))
     for scale in (2.5, None):
         roles = replace(adversaries(), embedded_guidance=scale)
@@ -121,7 +124,7 @@ def test_features_are_of_the_guidance_that_student_and_teacher_are_told(monkeypa
         default = {EMBEDDED: torch.full((BATCH,), 3.5)}
         d, real = d._replace(cond={**d.cond, **default}), real_data(roles)
         discriminator_loss(method, roles, d, real._replace(cond={**real.cond, **default}))
-        adversarial_loss(method, roles, d)
+        student_logits(method, roles, d)
         assert told == [[scale or 3.5] * BATCH] * 3
         told.clear()
 
@@ -133,7 +136,55 @@ def test_a_discriminator_hears_what_it_is_told() -> None:
     judge = roles.discriminator
     assert judge is not None
     tau = torch.full((BATCH,), 500.0).double()
-    tokens = judge.tokens(
-        torch.randn((BATCH, *roles.backbone.shape), generator=seed()), tau, conditions(roles.backbone)[0]
+    tokens = roles.tokens(
+        "teacher", torch.randn((BATCH, *roles.backbone.shape), generator=seed()), tau, conditions(roles.backbone)[0]
     )
     assert not torch.allclose(judge.logits(tokens, tau, 4), judge.logits(tokens, tau, 2), atol=1e-4)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("lora", [True, False])
+def test_heads_on_the_fake_score_train_it_too(lora: bool, shared: bool) -> None:
+    """DMD2's discriminator: its loss is part of the fake score's update, and the student's goes through that score."""
+    roles = adversaries(lora)
+    fake = FakeScoreConfig(share_noised_sample=shared)
+    own = DistributionMatching(gan=GanConfig(weight=0.5, features="fake", r1=0.1), fake=fake)
+    frozen, found, layers = DistributionMatching(fake=fake), [], {}
+    for loss in matching_losses(own, roles, train_batch(own, roles, images=real_data(roles))):
+        found.append(loss.role)
+        layers[loss.role] = gradients(loss.value, roles, loss.role)
+        if loss.role == "discriminator":  # features are constants for the heads
+            assert all(g is None for g in gradients(loss.value, roles, "fake"))
+    assert found == ["fake", "discriminator", "student"]
+    plain, _ = matching_losses(frozen, roles, train_batch(frozen, roles))
+    denoising = gradients(plain.value, roles, "fake")
+    with torch.no_grad():
+        d = draw(frozen, roles, conditions(roles.backbone)[0], BATCH, seed(), with_gradient=False)
+    judged = discriminator_loss(own, roles, d, real_data(roles), of_features=True)
+    if shared:  # the fake score's update and the student's have one x_tau
+        for got, a, b in zip(layers["fake"], denoising, gradients(judged, roles, "fake"), strict=True):
+            torch.testing.assert_close(got, (0 if a is None else a) + 0.5 * (0 if b is None else b))
+    assert any(bool(g.any()) for g in gradients(judged, roles, "fake") if g is not None)
+
+
+def test_heads_on_the_fake_score_read_it() -> None:
+    roles = adversaries()
+    x, tau = torch.randn((BATCH, *roles.backbone.shape), generator=seed()), torch.full((BATCH,), 500.0).double()
+    cond, _ = conditions(roles.backbone)
+    d = draw(DistributionMatching(), roles, cond, BATCH, seed(), with_gradient=False)._replace(x_tau=x, tau=tau)
+    of = {f: student_logits(DistributionMatching(gan=GanConfig(weight=1.0, features=f)), roles, d) for f in TRAINED_BY}
+    assert not torch.equal(of["teacher"], of["fake"])
+    with torch.no_grad():
+        for p in roles.trained["fake"].values():
+            p.add_(0.1)
+    again = {
+        f: student_logits(DistributionMatching(gan=GanConfig(weight=1.0, features=f)), roles, d) for f in TRAINED_BY
+    }
+    assert torch.equal(of["teacher"], again["teacher"]) and not torch.equal(of["fake"], again["fake"])
+
+
+def test_nothing_trains_the_fake_scores_features_while_heads_wait() -> None:
+    roles = adversaries()
+    method = DistributionMatching(gan=GanConfig(weight=0.5, features="fake"), warmup=3)
+    (loss,) = matching_losses(method, roles, train_batch(method, roles, images=real_data(roles), warming_up=True))
+    assert loss.role == "fake" and torch.equal(loss.value.detach(), loss.metrics["fake_loss"])

@@ -80,7 +80,7 @@ def test_fisher_loss_is_its_formula() -> None:
     delta, n = f_teacher - f_fake, (d.x0 - f_teacher).abs().flatten(1).mean(1)
     expected = (delta * (f_teacher - goal)).flatten(1).sum(1) - 0.7 * delta.square().flatten(1).sum(1)
     method = DistributionMatching(match=MatchConfig(divergence="fisher", fisher_correction=0.7))
-    found = student_loss(method, tiny.TABLE, d, f_fake, f_teacher)
+    found = student_loss(method, tiny.TABLE, d, f_fake, f_teacher).mean()
     torch.testing.assert_close(found, (weight.float() * expected / n).mean())
 
 
@@ -95,7 +95,7 @@ def test_fisher_goes_through_the_scores_inputs() -> None:
             roles.denoise("fake", cond)(d.x_tau, d.tau).x0,
             roles.teacher(cond, null, Guidance(scale=3.5))(d.x_tau, d.tau).x0,
         )
-    still = student_loss(method, tiny.TABLE, d, *fixed)
+    still = student_loss(method, tiny.TABLE, d, *fixed).mean()
     torch.testing.assert_close(loss.value, still, rtol=1e-4, atol=1e-4)  # the same value, another gradient
     through, around = gradients(loss.value, roles, "student"), gradients(still, roles, "student")
     assert any(
@@ -131,7 +131,7 @@ def test_fake_loss_weighted_like_v() -> None:
 @pytest.mark.parametrize("loss", SURROGATE_LOSSES)
 def test_student_loss_pulls_the_landing_state_against_the_difference(loss: str) -> None:
     d, f_fake, f_teacher = made_up_draw()
-    value = student_loss(DistributionMatching(loss=loss), tiny.TABLE, d, f_fake, f_teacher)
+    value = student_loss(DistributionMatching(loss=loss), tiny.TABLE, d, f_fake, f_teacher).mean()
     (got,) = torch.autograd.grad(value, d.x_m, retain_graph=True)
     delta, n = f_fake - f_teacher, expand((d.x0.detach() - f_teacher).abs().flatten(1).mean(1), f_fake)
     size = delta.numel() / BATCH
@@ -330,7 +330,11 @@ def test_gap_of_every_segment_is_logged() -> None:
         (DistributionMatching, {"warmup": -1}, "warmup: got -1, allowed are whole numbers from 0"),
         (DistributionMatching, {"solver": "heun"}, "solver: got 'heun', allowed are ddim, dpmpp, ipndm, renoise"),
         (DistributionMatching, {"shift": 0.0}, "shift: got 0.0, allowed are numbers above 0"),
-        (MatchConfig, {"divergence": "kl"}, "match.divergence: got 'kl', allowed are reverse-kl, fisher"),
+        (
+            MatchConfig,
+            {"divergence": "x"},
+            "match.divergence: got 'x', allowed are reverse-kl, fisher, kl, jeffreys, hellinger, js",
+        ),
         (MatchConfig, {"state": "landing"}, "match.state: got 'landing', allowed are noisy, clean"),
         (MatchConfig, {"tau_range": "all"}, "match.tau_range: got 'all', allowed are segment, to_noise, full"),
         (MatchConfig, {"tau_range": "full"}, "match.tau_range: got full, which needs match.state=clean"),

@@ -46,7 +46,7 @@ def test_gradients_reach_the_image_and_never_the_teacher() -> None:
     x, t, cond, _ = given(backbone)
     judge = make_discriminator(backbone, backbone.module, (4, 2), seed=0)
     x.requires_grad_()
-    logits = judge.logits(judge.tokens(x, t, cond), t, 4)
+    logits = judge.logits(features(backbone, backbone.module, x, t, cond), t, 4)
     assert logits.shape[0] == 2
     logits.sum().backward()
     assert x.grad is not None and bool(x.grad.any())
@@ -59,7 +59,7 @@ def test_heads_are_told_noise_level_and_step_count() -> None:
     judge = make_discriminator(backbone, backbone.module, (4, 2), seed=0)
     x, t, cond, _ = given(backbone)
     with torch.no_grad():
-        tokens = judge.tokens(x, t, cond)
+        tokens = features(backbone, backbone.module, x, t, cond)
         first = judge.logits(tokens, t, 4)
         assert not torch.equal(first, judge.logits(tokens, t, 2))
         assert not torch.equal(first, judge.logits(tokens, t - 200, 4))
@@ -71,11 +71,11 @@ def test_it_reads_the_teacher_whatever_the_other_roles_have_become() -> None:
     assert roles.discriminator is not None
     x, t, cond, _ = given(roles.backbone)
     with torch.no_grad():
-        before = roles.discriminator.tokens(x, t, cond)
+        before = roles.tokens("teacher", x, t, cond)
         for role in ("student", "fake"):
             for p in roles.trained[role].values():
                 p.add_(1.0)
-        after = roles.discriminator.tokens(x, t, cond)
+        after = roles.tokens("teacher", x, t, cond)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert set(roles.trained) == {"student", "fake", "discriminator"}
 

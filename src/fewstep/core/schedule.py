@@ -222,3 +222,16 @@ def transition(schedule: Schedule, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor
     """
     r = schedule.alpha(t) / schedule.alpha(s)
     return r, (schedule.sigma(t) ** 2 - (r * schedule.sigma(s)) ** 2).clamp(min=0).sqrt()
+
+
+def posterior(schedule: Schedule, x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor, eps: Tensor) -> Tensor:
+    """Draw a cleaner state between a noisy one and clean data.
+
+    `q(x_s | x_t, x0) = N((r sigma_s^2 x_t + alpha_s beta^2 x0) / sigma_t^2, (sigma_s beta / sigma_t)^2)` with the
+    transition's r and beta from s to t. x_t, x0, eps [B, ...]; s, t [B] with s cleaner than t.
+
+    Source: DDPM eq. 6, 7, arXiv 2006.11239, for any schedule.
+    """
+    (r, beta), sigma_s, sigma_t = transition(schedule, s, t), schedule.sigma(s), schedule.sigma(t)
+    noisy, clean = r * (sigma_s / sigma_t) ** 2, schedule.alpha(s) * (beta / sigma_t) ** 2
+    return expand(noisy, x_t) * x_t + expand(clean, x_t) * x0 + expand(sigma_s * beta / sigma_t, x_t) * eps

@@ -39,6 +39,15 @@ def random(schedule: Schedule, steps: int, generator: torch.Generator) -> Tensor
     return time_at(schedule, torch.cat([torch.ones(1), u.flip(0), torch.zeros(1)]).double())
 
 
+def between(schedule: Schedule, start: Tensor, end: Tensor, steps: int) -> Tensor:
+    """Return times that part a stretch of the path evenly.
+
+    From `start` to a cleaner `end` ([] each): `[steps + 1]`, float64, decreasing; on a table fewer where it has fewer.
+    """
+    u = torch.linspace(float(schedule.fraction(start)), float(schedule.fraction(end)), steps + 1, dtype=torch.float64)
+    return torch.cat([start[None], time_at(schedule, u[1:-1]), end[None]]).double().unique_consecutive()
+
+
 def even(schedule: Schedule, times: Tensor) -> bool:
     """Return whether a grid equals the uniform grid of its length."""
     return torch.allclose(times.double(), uniform(schedule, len(times) - 1), rtol=1e-9, atol=1e-9)

@@ -23,14 +23,15 @@ from ..core import timegrid
 from ..core.guidance import Guidance
 from ..core.prediction import Row
 from ..core.rollout import segment_starts
-from ..core.schedule import Schedule, diffuse, expand, transition
-from ..core.solvers import SOLVERS, sample, solver_named, step
+from ..core.schedule import Schedule, diffuse, expand, posterior, transition
+from ..core.solvers import SOLVERS, Denoise, sample, solver_named, step
 from ..core.weighting import WEIGHTINGS
 from ..objectives.adversarial import GAN_LOSSES, gradient_penalty
-from ..objectives.denoising import denoising, transition_target
+from ..objectives.denoising import denoising, density_ratio, martingale, transition_target
 from ..objectives.divergences import DIVERGENCES
+from ..objectives.f_divergences import ratio_weight
 from ..objectives.matched_state import MatchedState
-from ..objectives.regression import REGRESSION_LOSSES
+from ..objectives.regression import REGRESSION_LOSSES, landing_target
 from ..objectives.reverse_kl import SURROGATE_LOSSES
 from ..objectives.rewards import advantages, group_preference
 from ..roles.roles import SURROGATE, Role, Roles
@@ -53,6 +54,7 @@ from .names import require_name
 from .trajectory_imitation import absorb_head
 
 MOST_UPDATES = 1000  # of the fake score, per iteration
+LONGEST_MOVE = 0.01  # of the path, from a state to a cleaner one; what public code of AC-DMD takes
 
 
 @speaks_python("method")
@@ -64,7 +66,8 @@ class MatchConfig:
     """
 
     divergence: Annotated[str, OneOf(DIVERGENCES)] = "reverse-kl"
-    """Divergence between the diffused student and teacher."""
+    """Divergence between the diffused student and teacher. All but reverse-kl and fisher weigh samples by what the
+    discriminator of the adversarial term knows (f-distill, arXiv 2502.15681)."""
 
     fisher_correction: Annotated[float, Range()] = 0.5
     """Factor c of the Fisher divergence's second term; 1/2 gives half of its exact gradient, SiD uses 1."""
@@ -95,7 +98,7 @@ class MatchConfig:
                 f"method.match.tau_max: got {self.tau_max}, allowed are fractions above method.match.tau_min "
                 f"({self.tau_min}) up to 1"
             )
-        if self.guidance_tau is not None and self.divergence != "reverse-kl":
+        if self.guidance_tau is not None and self.divergence != "reverse-kl":  # the others' weights are not guidance's
             raise ValueError(
                 f"method.match.guidance_tau: got {self.guidance_tau} with method.match.divergence={self.divergence}, "
                 "whose scores are not a sum of terms; leave it out, or set the divergence to reverse-kl"
@@ -127,6 +130,13 @@ class FakeScoreConfig:
     weight: Annotated[str, OneOf(WEIGHTINGS)] = "own"
     """Weighting over time; `own` weights errors as those of the network's own output."""
 
+    density_ratio: bool = False
+    """Weigh the regression by eq. 7's density ratio, to the power 1/d as public code of TDM does."""
+
+    consistency: Annotated[float, WEIGHT] = 0.0
+    """Weight of the clean estimate's consistency along a short draw towards clean data (AC-DMD, arXiv 2605.26108);
+    0.01 is what public code takes."""
+
     snr_clip: Annotated[float, POSITIVE] = 5.0
     """Largest weight."""
 
@@ -139,6 +149,12 @@ class FakeScoreConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "method.fake")
+        if self.density_ratio and (self.input == "clean" or self.target == "transition"):
+            name, got = ("input", "clean") if self.input == "clean" else ("target", "transition")
+            raise ValueError(
+                f"method.fake.density_ratio: got true with method.fake.{name}={got}, which needs no ratio; set it to "
+                "false, or the other to " + ("noisy" if name == "input" else "clean")
+            )
 
 
 @speaks_python("method")
@@ -155,11 +171,34 @@ class GanConfig:
     loss: Annotated[str, OneOf(GAN_LOSSES)] = "hinge"
     """Adversarial loss."""
 
+    features: Literal["teacher", "fake"] = "teacher"
+    """Whose features the discriminator's heads read: the frozen teacher's, or the fake score's, which the
+    discriminator's loss then trains, too, at the same weight (DMD2, arXiv 2405.14867)."""
+
     r1: Annotated[float, WEIGHT] = 0.0
     """Weight of the gradient penalty of the discriminator on real images."""
 
     def __post_init__(self) -> None:
         check_fields(self, "method.gan")
+
+
+@speaks_python("method")
+@dataclass(frozen=True, kw_only=True)
+class FirstStepConfig:
+    """Regression of the first step, in place of matching.
+
+    Raises ValueError for invalid settings.
+    """
+
+    weight: Annotated[float, WEIGHT] = 0.0
+    """Weight of the first step's regression on the teacher, which then takes the place of matching there (DP-DMD,
+    arXiv 2602.03139); 0.05 is what public code takes."""
+
+    teacher_steps: Annotated[int, Range(1, MOST_STEPS)] = 4
+    """Guided steps of the teacher from noise to where the student's first step lands."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "method.first_step")
 
 
 @speaks_python("method")
@@ -229,6 +268,9 @@ class DistributionMatching(Method):
     gan: GanConfig = GanConfig()
     """Adversarial term on real images."""
 
+    first_step: FirstStepConfig = FirstStepConfig()
+    """Regression of the first step, in place of matching."""
+
     reward: RewardConfig = RewardConfig()
     """Reward beside matching."""
 
@@ -257,6 +299,8 @@ class DistributionMatching(Method):
                 "set it to 0, or the solver to ddim"
             )
         self._check_reward(stochastic)
+        self._check_first_step()
+        self._check_ratio()
         if self.random_times and (self.regression_weight or self.shift != 1):
             other = "regression_weight" if self.regression_weight else "shift"
             raise ValueError(
@@ -284,6 +328,29 @@ class DistributionMatching(Method):
         if self.name == "tdm":  # the default name: settings of another preset get that preset's name
             object.__setattr__(self, "name", self._own_name())
         require_name(self)
+
+    def _check_first_step(self) -> None:
+        if not self.first_step.weight:
+            return
+        if 1 in self.counts:
+            raise ValueError(
+                f"method.first_step.weight: got {self.first_step.weight:g} with method.steps={self.steps}, of whose "
+                "one step nothing would be matched; set it to 0, or choose step counts from 2"
+            )
+        if self.analytic_first_step:
+            raise ValueError(
+                f"method.first_step.weight: got {self.first_step.weight:g} with method.analytic_first_step=true, where "
+                "the first step has nothing to train; set one of them to 0 or false"
+            )
+
+    def _check_ratio(self) -> None:
+        wanted = "non-saturating"  # its logit is the logarithm of the ratio
+        if DIVERGENCES[self.match.divergence].ratio_weight is None or (self.gan.weight and self.gan.loss == wanted):
+            return
+        raise ValueError(
+            f"method.match.divergence: got {self.match.divergence}, which is known by a discriminator; set "
+            f"method.gan.weight above 0 and method.gan.loss={wanted}, or choose reverse-kl"
+        )
 
     def _check_reward(self, stochastic: bool) -> None:
         if not self._prefers:
@@ -366,6 +433,7 @@ class DistributionMatching(Method):
             "fake_loss",
             *adversarial,
             *(("regression_loss",) if self.regression_weight else ()),
+            *(("first_step_loss",) if self.first_step.weight else ()),
             *(("reward",) if self.reward.weight else ()),
             *(("surrogate_loss",) if self._prefers else ()),
             *gaps,
@@ -385,7 +453,16 @@ class DistributionMatching(Method):
 
         The steps before the step with gradient hold less memory than that step.
         """
-        return replace(self, name="", warmup=0, steps=1, ladder=(), init_head="keep", analytic_first_step=False)
+        return replace(
+            self,
+            name="",
+            warmup=0,
+            steps=1,
+            ladder=(),
+            init_head="keep",
+            analytic_first_step=False,
+            first_step=FirstStepConfig(),
+        )
 
     def losses(self, roles: Roles, batch: TrainBatch) -> Iterator[Loss]:
         yield from matching_losses(self, roles, batch)
@@ -400,10 +477,12 @@ class NoisedSample(NamedTuple):
     """
 
     cond: Cond
+    times: Tensor  # [K + 1] the grid of this iteration, on the CPU
     steps: int  # K of this iteration
     segment: Tensor  # [B] 0 .. K-1, ascending, 0 starts from noise; on the CPU
     start: Tensor  # [B] time at which the step starts
     landing: Tensor  # [B] time at which the step ends
+    begun: Tensor  # state where the step starts
     t: Tensor  # [B] time of x_m: the landing time, or the time of clean data
     tau: Tensor  # [B]
     landed: Tensor  # state where the step ends
@@ -469,10 +548,12 @@ def draw(
         x_tau = expand(r, x) * x_m + expand(beta, x) * e
     return NoisedSample(
         cond=cond,
+        times=times,
         steps=steps,
         segment=segment,
         start=high,
         landing=landing,
+        begun=start,
         t=t,
         tau=tau,
         landed=landed,
@@ -503,6 +584,8 @@ def fake_loss(method: DistributionMatching, schedule: Schedule, row: Row, d: Noi
     Step 4 of algorithm 1, eq. 7. The target is the clean estimate or the transition noise.
     """
     weight = WEIGHTINGS[method.fake.weight](schedule, row, d.tau, method.fake.snr_clip)
+    if method.fake.density_ratio:
+        weight = weight * density_ratio(schedule, d.x_tau, d.x0, d.e, d.t, d.tau)
     if method.fake.target == "clean" or method.fake.input == "clean":
         return denoising(f_fake, d.x0, weight).mean()
     goal, precision = transition_target(schedule, d.x_m.detach(), d.e, d.t, d.tau)
@@ -512,12 +595,58 @@ def fake_loss(method: DistributionMatching, schedule: Schedule, row: Row, d: Noi
 def student_loss(
     method: DistributionMatching, schedule: Schedule, d: NoisedSample, f_fake: Tensor, f_teacher: Tensor
 ) -> Tensor:
-    """Return the divergence of student and teacher at x_tau.
+    """Return the divergence of student and teacher at x_tau per sample.
 
-    Step 5 of algorithm 1.
+    Step 5 of algorithm 1. Returns [B].
     """
     state = MatchedState(schedule, d.x_m, d.x0, d.e, d.t, d.tau, f_teacher, f_fake)
-    return DIVERGENCES[method.match.divergence].loss(state, method.loss, method.match.fisher_correction).mean()
+    return DIVERGENCES[method.match.divergence].loss(state, method.loss, method.match.fisher_correction)
+
+
+def consistency_loss(
+    schedule: Schedule, fake: Denoise, d: NoisedSample, f_fake: Tensor, rng: torch.Generator
+) -> Tensor:
+    """Return how far the fake score is from its successors' mean.
+
+    Two independent draws of a state that is cleaner by up to a hundredth of the path, given the clean estimate f_fake
+    at x_tau. Gradients flow through the estimates alone.
+
+    Source: AC-DMD, arXiv 2605.26108.
+    """
+    move = LONGEST_MOVE * torch.rand(d.tau.shape, generator=rng, dtype=torch.float64, device=d.tau.device)
+    s = timegrid.time_at(schedule, (schedule.fraction(d.tau) - move).clamp(min=0))
+    s = torch.minimum(s, d.tau - schedule.resolution).clamp(min=schedule.t_clean)
+    x_tau, x0 = d.x_tau.detach(), f_fake.detach()
+    with torch.no_grad():
+        drawn = [
+            posterior(schedule, x_tau, x0, d.tau, s, torch.randn(x0.shape, generator=rng, device=rng.device).to(x0))
+            for _ in range(2)
+        ]
+    first, second = (fake(x, s).x0 for x in drawn)
+    return martingale(f_fake, first, second).mean()
+
+
+def first_step_loss(method: DistributionMatching, roles: Roles, d: NoisedSample, null: Cond) -> tuple[Tensor, Tensor]:
+    """Return the regression of the first step on the teacher.
+
+    `weight mean (x0 - x0*)^2` with the clean estimate x0* whose DDIM step from the sample's noise lands where the
+    teacher's guided steps do. Returns which samples [B] are at their first step, on their device, and the losses [B],
+    which are 0 for the others.
+
+    Source: DP-DMD, arXiv 2602.03139, for any schedule.
+    """
+    schedule = roles.backbone.schedule
+    count = int((d.segment == 0).sum())  # on the CPU; segments ascend, so these come first
+    own = slice(0, max(count, 1))  # as many calls in every process
+    times = timegrid.between(schedule, d.times[0], d.times[1], method.first_step.teacher_steps)
+    begun = d.begun[own].detach()
+    with torch.no_grad():
+        teacher = roles.teacher(rows(d.cond, own), null, method.guidance)
+        *_, last = sample(teacher, schedule, begun, times, SOLVERS["ddim"])
+        target = landing_target(schedule, begun, last.x, d.start[own], d.landing[own])
+    (first,) = sent((d.segment == 0)[None], d.x0.device)
+    losses = method.first_step.weight * REGRESSION_LOSSES["l2"](d.x0[own], target)
+    return first, torch.cat([losses, losses.new_zeros(len(first) - len(losses))])
 
 
 def guidance_loss(
@@ -540,38 +669,46 @@ def guidance_loss(
         x_tau = expand(r, e) * d.x_m + expand(beta, e) * e
         f_guided = roles.teacher(d.cond, null, method.guidance)(x_tau, tau).x0
         f_cond = roles.teacher(d.cond, null, Guidance())(x_tau, tau).x0
-    return student_loss(method, schedule, d._replace(tau=tau, e=e, x_tau=x_tau), f_cond, f_guided)
+    return student_loss(method, schedule, d._replace(tau=tau, e=e, x_tau=x_tau), f_cond, f_guided).mean()
 
 
-def discriminator_loss(method: DistributionMatching, roles: Roles, d: NoisedSample, real: RealBatch) -> Tensor:
+def discriminator_loss(
+    method: DistributionMatching, roles: Roles, d: NoisedSample, real: RealBatch, of_features: bool = False
+) -> Tensor:
     """Return the loss of the discriminator (eq. 16).
 
-    Real data diffused to the same tau are compared with x_tau, on the teacher's features.
+    Real data diffused to the same tau are compared with x_tau, on features of the teacher or the fake score. With
+    `of_features` its gradient trains these, too, without the penalty.
     """
     assert roles.discriminator is not None
-    discriminator, gan_loss = roles.discriminator, GAN_LOSSES[method.gan.loss]
-    with torch.no_grad():
-        x_real = diffuse(roles.backbone.schedule, real.x0, d.tau, d.e)
-        real_tokens = discriminator.tokens(x_real, d.tau, roles.told(real.cond))
-        fake_tokens = discriminator.tokens(d.x_tau, d.tau, roles.told(d.cond))
-    real_tokens = [f.requires_grad_(method.gan.r1 > 0) for f in real_tokens]
+    discriminator, gan_loss, role = roles.discriminator, GAN_LOSSES[method.gan.loss], method.gan.features
+    x_real, x_tau = diffuse(roles.backbone.schedule, real.x0, d.tau, d.e), d.x_tau.detach()
+    with torch.set_grad_enabled(of_features):
+        real_tokens = roles.tokens(role, x_real, d.tau, real.cond, d.steps)
+        fake_tokens = roles.tokens(role, x_tau, d.tau, d.cond, d.steps)
+    penalised = method.gan.r1 > 0 and not of_features
+    if penalised:
+        real_tokens = [f.requires_grad_() for f in real_tokens]
     logits = discriminator.logits(real_tokens, d.tau, d.steps)
     value = gan_loss.real(logits) + gan_loss.fake(discriminator.logits(fake_tokens, d.tau, d.steps))
-    if method.gan.r1:
+    if penalised:
         gradients = torch.autograd.grad(logits.mean(1).sum(), real_tokens, create_graph=True)
         value = value + method.gan.r1 * gradient_penalty(list(gradients))
     return value.mean()
 
 
-def adversarial_loss(method: DistributionMatching, roles: Roles, d: NoisedSample) -> Tensor:
-    """Return the student's adversarial loss.
+def student_logits(method: DistributionMatching, roles: Roles, d: NoisedSample) -> Tensor:
+    """Return the discriminator's logits [B, N] of the student's x_tau.
 
-    The gradient flows through the teacher's features into x_tau.
+    The gradient flows through the features into x_tau.
     """
     assert roles.discriminator is not None
-    discriminator = roles.discriminator
-    tokens = discriminator.tokens(d.x_tau, d.tau, roles.told(d.cond))
-    logits = discriminator.logits(tokens, d.tau, d.steps)
+    tokens = roles.tokens(method.gan.features, d.x_tau, d.tau, d.cond, d.steps)
+    return roles.discriminator.logits(tokens, d.tau, d.steps)
+
+
+def adversarial_loss(method: DistributionMatching, logits: Tensor) -> Tensor:
+    """Return the student's adversarial loss of its logits [B, N]."""
     return GAN_LOSSES[method.gan.loss].student(logits).mean()
 
 
@@ -593,10 +730,20 @@ def matching_losses(method: DistributionMatching, roles: Roles, batch: TrainBatc
     fake = roles.denoise("fake", cond, steps)
     shared = method.fake.share_noised_sample
 
+    def fake_update(d: NoisedSample, f_fake: Tensor, together: bool = False) -> Loss:
+        value = fake_loss(method, schedule, row, d, f_fake)
+        logged = {"fake_loss": value.detach()}
+        if method.fake.consistency:
+            value = value + method.fake.consistency * consistency_loss(schedule, fake, d, f_fake, rng)
+        if method.gan.weight and method.gan.features == "fake" and not warming_up:
+            assert batch.images is not None
+            value = value + method.gan.weight * discriminator_loss(method, roles, d, batch.images, of_features=True)
+        return Loss("fake", value, logged, together)
+
     def update_fake(d: NoisedSample) -> Loss:
-        x_tau = diffuse(schedule, d.x0, d.tau, d.e) if method.fake.input == "clean" else d.x_tau
-        loss = fake_loss(method, schedule, row, d, fake(x_tau.detach(), d.tau).x0)
-        return Loss("fake", loss, {"fake_loss": loss.detach()})
+        if method.fake.input == "clean":
+            d = d._replace(x_tau=diffuse(schedule, d.x0, d.tau, d.e))
+        return fake_update(d, fake(d.x_tau.detach(), d.tau).x0)
 
     for _ in range(method.fake.updates if warming_up or not shared else method.fake.updates - 1):
         yield update_fake(drawn(with_gradient=False))
@@ -618,8 +765,9 @@ def matching_losses(method: DistributionMatching, roles: Roles, batch: TrainBatc
             f_teacher = teacher(d.x_tau, d.tau).x0
         with torch.set_grad_enabled(one_pass):
             f_fake = fake(d.x_tau.detach(), d.tau).x0
-    value = student_loss(method, schedule, d, f_fake, f_teacher)
-    metrics = {"student_loss": value.detach(), **_gaps(method, d, f_fake, f_teacher)}
+    each = student_loss(method, schedule, d, f_fake, f_teacher)
+    metrics = {"student_loss": each.detach().mean(), **_gaps(method, d, f_fake, f_teacher)}
+    value = each.new_zeros(())
     if apart:
         value = value + method.match.guidance_weight * guidance_loss(method, roles, d, batch.null, rng)
     if method.reward.weight:
@@ -627,14 +775,21 @@ def matching_losses(method: DistributionMatching, roles: Roles, batch: TrainBatc
         term, logged = reward_term(method, roles, d, batch.null, prompts)
         value, metrics = value + method.reward.weight * term, metrics | logged
     if one_pass:
-        loss = fake_loss(method, schedule, row, d, f_fake)
-        yield Loss("fake", loss, {"fake_loss": loss.detach()}, together=not method.gan.weight)
+        yield fake_update(d, f_fake, together=not method.gan.weight)
     if method.gan.weight:
         assert batch.images is not None
         judged = discriminator_loss(method, roles, d, batch.images)
         yield Loss("discriminator", judged, {"discriminator_loss": judged.detach()})
-        adversarial = adversarial_loss(method, roles, d)
+        logits = student_logits(method, roles, d)
+        adversarial = adversarial_loss(method, logits)
         value, metrics = value + method.gan.weight * adversarial, metrics | {"gan_loss": adversarial.detach()}
+        if (weight := DIVERGENCES[method.match.divergence].ratio_weight) is not None:
+            each = each * ratio_weight(weight, logits)
+    if method.first_step.weight:
+        first, regressed = first_step_loss(method, roles, d, batch.null)
+        each = torch.where(first, regressed, each)
+        metrics |= {"first_step_loss": regressed.detach().sum() / first.sum().clamp(min=1)}
+    value = value + each.mean()
     if walk is not None:
         regression = regression_loss(method, schedule, d, walk)
         value, metrics = (
@@ -714,7 +869,7 @@ def reward_term(
     with torch.no_grad():
         f_teacher = roles.teacher(d.cond, null, Guidance())(d.x_tau, d.tau).x0
         f_surrogate = roles.denoise(SURROGATE, d.cond, d.steps)(d.x_tau, d.tau).x0
-    return student_loss(method, roles.backbone.schedule, d, f_teacher, f_surrogate), {}
+    return student_loss(method, roles.backbone.schedule, d, f_teacher, f_surrogate).mean(), {}
 
 
 def regression_loss(method: DistributionMatching, schedule: Schedule, d: NoisedSample, walk: TrajectoryBatch) -> Tensor:

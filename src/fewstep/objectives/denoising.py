@@ -1,7 +1,8 @@
-"""Denoising regression of a score: one loss, two targets.
+"""Denoising regression of a score: one loss, two targets, and what else trains a score.
 
 TDM eq. 7 without the density ratio. The ratio is of densities in d dimensions: on average
-`log q(x_tau | x0) / q(x_tau | x_t) = -d log(sigma_tau / beta)`, and no float can represent the ratio.
+`log q(x_tau | x0) / q(x_tau | x_t) = -d log(sigma_tau / beta)`, and no float can represent the ratio; to the power 1/d
+it can.
 """
 
 from torch import Tensor
@@ -39,3 +40,30 @@ def transition_target(
     f_star = (x_t - expand(scale, x_t) * noise) / expand(schedule.alpha(t), x_t)
     weight = usable * (beta / schedule.sigma(tau)) ** 2
     return f_star.where(expand(usable, x_t).bool(), x_t), weight
+
+
+def density_ratio(schedule: Schedule, x_tau: Tensor, x0: Tensor, noise: Tensor, t: Tensor, tau: Tensor) -> Tensor:
+    """Return eq. 7's density ratio to the power 1/d.
+
+    `(q(x_tau | x0) / q(x_tau | x_t))^(1/d)` of `x_tau = r x_t + beta noise`; 1 where x_t is clean, near 0 where tau is
+    near t. States [B, ...]; t, tau [B]; returns [B], without gradient.
+
+    Source: TDM eq. 7; the power is that of public code.
+    """
+    _, beta = transition(schedule, t, tau)
+    alpha, sigma = schedule.alpha(tau), schedule.sigma(tau)
+    error = (x_tau - expand(alpha, x_tau) * x0).detach().double().square().flatten(1).mean(1)
+    exponent = noise.double().square().flatten(1).mean(1) / 2 - error / (2 * sigma**2)
+    return (beta / sigma) * exponent.exp()
+
+
+def martingale(h: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Return how far a score is from the mean of its successors.
+
+    `mean_pixels (h - h_1)(h - h_2)`, an unbiased estimate of `||h - E h_s||^2`: h [B, ...] is the clean estimate at a
+    state, h_1 and h_2 those at two independent draws of a cleaner state from there. An exact score has 0; single
+    estimates may be negative. Returns [B].
+
+    Source: arXiv 2302.09057; as a term of a fake score: AC-DMD, arXiv 2605.26108.
+    """
+    return ((h - first) * (h - second)).flatten(1).mean(1)

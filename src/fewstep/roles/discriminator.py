@@ -1,4 +1,4 @@
-"""Discriminator heads on frozen features of the teacher.
+"""Discriminator heads on features of the teacher or the fake score.
 
 The heads are conditioned on the noise level, the step count and, through the features, the prompt.
 """
@@ -92,22 +92,14 @@ class Heads(nn.Module):
 
 @dataclass(frozen=True)
 class Discriminator:
-    """Discriminator heads, with the teacher whose features they read.
+    """Discriminator heads on features of networks of one kind.
 
     `counts` are the step counts that the heads are conditioned on.
     """
 
     backbone: Backbone
-    network: nn.Module
     heads: Heads
     counts: tuple[int, ...]
-
-    def tokens(self, x: Tensor, tau: Tensor, cond: Cond) -> list[Tensor]:
-        """Return the teacher's features of diffused states.
-
-        x [B, ...] at tau [B]. The network has to serve as the teacher during the call.
-        """
-        return features(self.backbone, self.network, x, tau, cond)
 
     def logits(self, tokens: Sequence[Tensor], tau: Tensor, steps: int) -> Tensor:
         """Return the logits [B, N] of tokens at tau [B]."""
@@ -133,4 +125,4 @@ def make_discriminator(backbone: Backbone, network: nn.Module, counts: Sequence[
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         heads = Heads(widths, len(counts)).to("cpu" if device.type == "meta" else device)
-    return Discriminator(backbone, network, heads, tuple(counts))
+    return Discriminator(backbone, heads, tuple(counts))

@@ -25,7 +25,7 @@ from ..core.solvers import Denoise
 from ..words import speaks_python
 from . import adapters, sharding, step_condition
 from .checkpointing import checkpoint_blocks
-from .discriminator import Discriminator, make_discriminator
+from .discriminator import Discriminator, features, make_discriminator
 from .quantized import Kind, quantize, weight_count
 from .step_condition import StepCondition
 
@@ -155,6 +155,17 @@ class Roles:
     def teacher(self, cond: Cond, null: Cond, guidance: Guidance) -> Denoise:
         """Return the frozen teacher under guidance."""
         return self._as("teacher", guided(self.backbone, self.networks["teacher"], cond, null, guidance))
+
+    def tokens(self, role: Role, x: Tensor, t: Tensor, cond: Cond, condition: float | None = None) -> list[Tensor]:
+        """Return a role's features of noisy states for the discriminator.
+
+        x [B, ...] at t [B]; tokens [B, N, C] of each layer that the backbone names.
+        """
+        self.activate(role, condition)
+        try:
+            return features(self.backbone, self.networks[role], x, t, self.told(cond))
+        finally:
+            self.activate("teacher")
 
     def _as(self, role: Role, inner: Denoise, condition: float | None = None) -> Denoise:
         def denoise(x: Tensor, t: Tensor) -> Split:
