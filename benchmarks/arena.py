@@ -12,7 +12,7 @@ has one update for one of the student, at ten times its rate; `even` updates are
 Frechet distance of 2,000 images to the 10,000 test images in 64 features of a classifier that is trained here, in a
 unit in which real images have a variance of 100. Accuracy is the classifier's, in percent; precision and recall are
 those of third neighbours; diversity is the mean distance of images of a class, relative to that of real ones. Students
-take no guidance. `longer` trains the nearest for four times the seconds, at the rates found for the shorter time.
+take no guidance. `longer` trains the nearest for four times the seconds, at rates that are searched for that time.
 
 A stage that was stopped continues: what `arena.json` holds is not run again. FOLDER is Fashion-MNIST's, as in Debian's
 package dataset-fashion-mnist.
@@ -81,11 +81,11 @@ SEEDS, COUNTS, GUIDANCE, BATCH = (0, 1, 2), (4, 2, 1), 1.5, 32
 STAGES = ("teacher", "search", "race", "counts", "longer", "settings", "rewards")
 LONGER = 4  # times the seconds, for the nearest of a step count
 NEAREST = {
-    1: ("after-progressive", "tdm", "diff-instruct", "dmd2-1", "progressive"),
-    4: ("after-progressive", "tdm", "tdm-wide", "diff-instruct-even"),
+    4: ("tdm-wide", "tdm", "after-progressive", "diff-instruct-even"),
+    1: ("after-progressive", "tdm", "diff-instruct", "tdm-wide"),
 }
 Settings = dict[str, Any]
-RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)  # a search goes on until both neighbours of the best rate are worse
+RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)  # a search goes on until both neighbours of the best rate are worse
 MATCHING, HIGHER = 1e-4, 3e-4  # where it begins
 NOISE = 0.1  # of FD between draws of one model
 
@@ -460,17 +460,21 @@ def cells(stage: str, rows: Sequence[Facts], seed: int) -> Iterator[Cell]:
         several = [(key, k) for k in (1, 2) for key, r in everyone().items() if first(r) and k in r.counts]
         yield from (Cell(key, k, best_rate(key, rows, k), seed) for key, k in several)
     if stage == "longer":
-        yield from (Cell(key, k, best_rate(key, rows, k), seed) for k, keys in NEAREST.items() for key in keys)
+        for key, k in ((key, k) for k, keys in NEAREST.items() for key in keys):
+            if seed == 0:
+                yield from climbing(key, k, best_rate(key, rows, k), rows, longer=True)
+            else:
+                yield Cell(key, k, best_rate(key, rows, k, longer=True), seed)
     if stage in ("rewards", "settings"):
         own = REWARDED if stage == "rewards" else OTHERS
         yield from (Cell(key, 4, best_rate(key, rows), seed) for key in own)
 
 
-def climbing(key: str, count: int, begin: float, rows: Sequence[Facts]) -> Iterator[Cell]:
+def climbing(key: str, count: int, begin: float, rows: Sequence[Facts], longer: bool = False) -> Iterator[Cell]:
     """Return trainings with the rates next to the best one, until both are there."""
     asked = set[float]()
     while True:
-        known = distances(key, count, rows)
+        known = distances(key, count, rows, longer)
         if asked - known.keys():
             return  # nobody trained the last one
         at = RATES.index(min(known, key=known.__getitem__)) if known else RATES.index(begin)
@@ -481,9 +485,10 @@ def climbing(key: str, count: int, begin: float, rows: Sequence[Facts]) -> Itera
         yield Cell(key, count, near[0], 0)
 
 
-def distances(key: str, count: int, rows: Sequence[Facts]) -> dict[float, float]:
+def distances(key: str, count: int, rows: Sequence[Facts], longer: bool = False) -> dict[float, float]:
     """Return the FD of each rate in the search; a student of several step counts is tuned in 4 steps."""
-    own = [r for r in rows if r["stage"] == "search" and (r["key"], r["count"]) == (key, count)]
+    stage = "longer" if longer else "search"
+    own = [r for r in rows if (r["stage"], r.get("seed")) == (stage, 0) and (r["key"], r["count"]) == (key, count)]
     return {r["rate"]: r["measured"][str(count or 4)]["fd"] for r in own}
 
 
@@ -497,11 +502,13 @@ def searched_as(key: str) -> str:
     return key if key in RACERS else everyone()[key].like
 
 
-def best_rate(key: str, rows: Sequence[Facts], count: int = 4) -> float:
+def best_rate(key: str, rows: Sequence[Facts], count: int = 4, longer: bool = False) -> float:
     """Return the rate with the lowest FD in the search, the lowest rate within noise.
 
-    A racer that is not searched has the rate of one that is like it.
+    A racer that is not searched has the rate of one that is like it; for the longer time each has its own.
     """
+    if longer and (found := distances(key, count, rows, longer)):
+        return min(rate for rate, fd in found.items() if fd <= min(found.values()) + NOISE)
     key = searched_as(key)
     known = distances(key, count if first(RACERS[key]) else 0, rows)
     if not known:
@@ -520,8 +527,9 @@ def up_to_date(rows: Sequence[Facts]) -> list[Facts]:
     return [
         r for r in rows
         if r["stage"] in ("teacher", "search")
+        or (r["stage"], r["seed"]) == ("longer", 0)
         or not searched(r["key"], rows, r["count"] or 4)
-        or r["rate"] == best_rate(r["key"], rows, r["count"] or 4)
+        or r["rate"] == best_rate(r["key"], rows, r["count"] or 4, r["stage"] == "longer")
     ]  # fmt: skip
 
 
@@ -533,7 +541,13 @@ def write(rows: Sequence[Facts], common: Mapping[str, Any], a: argparse.Namespac
         for k in r.counts
         if searched(key, rows, k)
     }
-    known = {**common, "rate": rate}
+    longer = {
+        name_of(key, k): best_rate(key, rows, k, longer=True)
+        for k, keys in NEAREST.items()
+        for key in keys
+        if distances(key, k, rows, longer=True)
+    }
+    known = {**common, "rate": rate, "longer_rate": longer}
     known["label"] = {key: named(racer) for key, racer in everyone().items()}
     record = new_record("arena", "python benchmarks/arena.py --data FOLDER", rows, SEEDS, known)
     write_record(record, page(record), a.to)
@@ -605,7 +619,9 @@ def of(record: Record, key: str, count: int = 4, longer: bool = False) -> list[F
     """Return the rows of a method that was trained for a step count, or for several."""
     stages = ("longer",) if longer else ("race", "counts", "settings", "rewards")
     kinds = [r for r in record.rows if r["stage"] in stages and r["key"] == key]
-    return [r for r in kinds if r["count"] in (0, count) and str(count) in r["measured"]]
+    own = [r for r in kinds if r["count"] in (0, count) and str(count) in r["measured"]]
+    rate = record.common.get("longer_rate", {}).get(name_of(key, count))
+    return own if rate is None or not longer else [r for r in own if r["rate"] == rate]
 
 
 def seconds_of(record: Record) -> float:
@@ -662,16 +678,18 @@ def rewards_part(record: Record) -> list[str]:
 def search_part(record: Record) -> list[str]:
     """Return the search of rates."""
     lines = []
-    for key, racer in RACERS.items():
-        for count in (k for k in ((0,) if not first(racer) else COUNTS) if distances(key, k, record.rows)):
-            known = distances(key, count, record.rows)
-            found = [f"{known[rate]:.2f}" if rate in known else "" for rate in RATES]
-            lines.append([racer.label, count or "4, 2, 1", *found])
+    budgets = {False: seconds_of(record), True: LONGER * seconds_of(record)}
+    for longer, budget in budgets.items():
+        for key, racer in everyone().items():
+            for count in (k for k in ((0,) if not first(racer) else COUNTS) if distances(key, k, record.rows, longer)):
+                known = distances(key, count, record.rows, longer)
+                found = [f"{known[rate]:.2f}" if rate in known else "" for rate in RATES]
+                lines.append([named(racer), count or "4, 2, 1", f"{budget:g}", *found])
     if not lines:
         return []
     said = "A search begins in the middle and goes on until both neighbours of the best rate are worse; in 2 and 1 "
     said += "steps it begins at the best rate in 4. TDM-unify is tuned in 4 steps."
-    table = markdown(["method", "steps", *(f"{rate:g}" for rate in RATES)], lines)
+    table = markdown(["method", "steps", "CPU seconds", *(f"{rate:g}" for rate in RATES)], lines)
     return [f"## The search of rates: FD, seed 0\n\n{wrapped(said)}\n\n{table}"]
 
 

@@ -227,13 +227,20 @@ def race() -> str:
     )
 
 
+def common(name: str) -> dict[str, Any]:
+    """Return what all rows of a record have in common."""
+    read: dict[str, Any] = json.loads((ROOT / "benchmarks" / f"{name}.json").read_text(encoding="utf-8"))["common"]
+    return read
+
+
 def of_arena(key: str, count: int = 4, longer: bool = False) -> list[dict[str, Any]]:
     """Return the rows of a method in the arena that was trained for a step count, or for several."""
     raced = [
         r for r in stored("arena") if r["stage"] not in ("teacher", "search") and longer == (r["stage"] == "longer")
     ]
     kinds = [r for r in raced if r["key"] == key and r["count"] in (0, count)]
-    return [r for r in kinds if str(count) in r["measured"]]
+    rate = common("arena").get("longer_rate", {}).get(f"{key}-{count}") if longer else None
+    return [r for r in kinds if str(count) in r["measured"] and rate in (None, r["rate"])]
 
 
 def arena_fd(key: str, count: int = 4, longer: bool = False) -> list[float]:
