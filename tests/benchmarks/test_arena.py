@@ -30,7 +30,7 @@ def test_each_method_is_shown_at_its_best_rate_the_nearest_first(load: Load) -> 
     four = text[text.index("## 4 steps, 12 CPU seconds each") :].partition("\n## ")[0]
     lines = [[cell.strip() for cell in line.split("|")[1:6]] for line in four.splitlines() if line.startswith("| ")]
     assert lines[2:] == [["LCM", "0.0003", "10", "9.0", "2.00"], ["TDM", "0.0001", "10", "9.0", "4.00 ± 1.41"]]
-    assert "| TDM | 4 |  | 5.50 | 3.50 |  |  |" in text
+    assert "| TDM | 4 | 12 |  |  | 5.50 | 3.50 |  |  |" in text
     assert "| adversarial term, real images | TDM eq. 16 | 0.50 | 5.50 |" in text  # next to the same seed
 
 
@@ -40,6 +40,22 @@ def test_longer_trainings_have_tables_of_their_own(load: Load) -> None:
     text = arena["page"](sys.modules["records"].new_record("arena", "made up", rows, (0,), {"seconds": 12.0}))
     short, long = text.split("## 1 step, 12 CPU seconds each")[1].split("## 1 step, 48 CPU seconds each")
     assert "| 5.00 |" in short and "| 3.00 |" not in short and "| 3.00 |" in long and "| 5.00 |" not in long
+
+
+def test_longer_trainings_climb_to_rates_of_their_own(load: Load) -> None:
+    """The shorter time's rate is where the climb begins, and the other seeds take the longer one's."""
+    arena = load("arena")
+    rows = [row(key, 1e-4, 0, 3.0, k, "search") for key in arena["RACERS"] for k in (4, 1)]
+    for cell in arena["cells"]("longer", rows, 0):
+        fd = {3e-6: 4.0, 1e-5: 2.0, 3e-5: 3.0}.get(cell.rate, 5.0)
+        rows.append(row(cell.key, cell.rate, 0, fd, cell.count, "longer") | {"count": cell.count})
+    assert {c.rate for c in arena["cells"]("longer", rows, 1)} == {1e-5}
+    assert {r["rate"] for r in rows if r["stage"] == "longer"} == {3e-6, 1e-5, 3e-5, 1e-4}
+    old = row("tdm", 1e-4, 1, 9.0, stage="longer")
+    assert arena["up_to_date"]([*rows, old]) == rows
+    common = {"seconds": 12.0, "longer_rate": {"tdm-4": 1e-5}}
+    record = sys.modules["records"].new_record("arena", "made up", rows, (0,), common)
+    assert {r["rate"] for r in arena["of"](record, "tdm", 4, longer=True)} == {1e-5}
 
 
 def test_the_search_climbs_to_the_best_rate_and_later_stages_take_it(load: Load) -> None:
@@ -56,7 +72,7 @@ def test_the_search_climbs_to_the_best_rate_and_later_stages_take_it(load: Load)
         for count in (4,) if several else racer.counts:
             assert arena["best_rate"](key, rows, count) == best[0 if several else count], (key, count)
     assert arena["best_rate"]("progressive-wide", rows, 2) == arena["best_rate"]("tdm-wide", rows, 2)
-    assert {r["rate"] for r in rows if (r["key"], r["count"]) == ("tdm", 4)} == set(rates[:3])
+    assert {r["rate"] for r in rows if (r["key"], r["count"]) == ("tdm", 4)} == set(rates[:4])
     for stage, own in (("settings", arena["OTHERS"]), ("rewards", arena["REWARDED"])):
         cells = list(arena["cells"](stage, rows, 1))
         assert {c.rate for c in cells} == {best[4]} and len(cells) == len(own)
