@@ -2,12 +2,13 @@
 
     python benchmarks/arena_heads.py    # after arena.py's teacher; minutes; writes benchmarks/arena_heads.md and .json
 
-A head corrects the directions of the frozen, unguided teacher of `arena.py`; it is trained for 2 and 4 steps on the
-guided teacher's trajectories and measured in 1 to 6. TrajP-L's span head has a row of weights for every trained step
-and is told the fitted curve's coordinates at both ends of a step; each can be taken away: an untrained step gets the
-nearest step's row, and coordinates that are taken away are zero. The shape is that of `shape.py`, second moments of the
-same trajectories, without training. The error is `||x - x_teacher|| / ||x_teacher||` at the end, from the same noise,
-over 500 trajectories that were not used. Rows are of equal iterations.
+A head corrects the directions of the frozen, unguided teacher of `arena.py`, or of its LoRA of rank 4, which is trained
+with it: together they have less than 5 % of the teacher's weights. It is trained for 2 and 4 steps on the guided
+teacher's trajectories and measured in 1 to 6. The span head has a row of weights for every trained step and is told the
+fitted curve's coordinates at both ends of a step, the curve head has no rows; an untrained step gets the nearest step's
+row, and coordinates that are taken away are zero. The shape is that of `shape.py`, second moments of the same
+trajectories, without training. The error is `||x - x_teacher|| / ||x_teacher||` at the end, from the same noise, over
+500 trajectories that were not used. Heads alone train for 200 iterations of batch 64, a LoRA for three times as many.
 """
 
 import argparse
@@ -34,9 +35,9 @@ from fewstep.data.trajectories import (
     guided_teacher,
     run_to_completion,
 )
-from fewstep.heads.head import Head, Rows, SharedHead, SpanHead, facts_of
+from fewstep.heads.head import CurveHead, Head, Rows, SharedHead, SpanHead, facts_of
 from fewstep.methods.trajectory_imitation import TrajectoryImitation
-from fewstep.roles.roles import RolesConfig, make_roles
+from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
 from fewstep.zoo.pixel_data import FASHION
 from records import (
@@ -48,20 +49,15 @@ from records import (
     origin,
     provenance,
     read_record,
+    spread,
     wrapped,
     write_record,
 )
 
-TRAINED, COUNTS, FRESH, GUIDANCE, SEEDS = (2, 4), (1, 2, 3, 4, 5, 6), 500, Guidance(scale=1.5), (0,)
+TRAINED, COUNTS, FRESH, GUIDANCE, SEEDS = (2, 4), (1, 2, 3, 4, 5, 6), 500, Guidance(scale=1.5), (0, 1, 2)
 FINE = 60  # steps of the trajectories, which all counts divide
-
-
-class NoRows(nn.Module):
-    """Weights of steps that are zero."""
-
-    def forward(self, t: Tensor, t_next: Tensor, count: int) -> Tensor:
-        """Return no weights, [B, count]."""
-        return torch.zeros(len(t), count, device=t.device)
+RANK, LONGER = 4, 3  # of a LoRA, and its iterations next to a head's
+AMOUNTS = (50, 500, 5000)
 
 
 class Longer(Rows):
@@ -73,25 +69,36 @@ class Longer(Rows):
         return nn.functional.pad(found, (0, count - found.shape[1]))
 
 
-class Untold(SpanHead):
+class UntoldSpan(SpanHead):
     """A span head that is told no coordinates."""
 
     def place(self, t: Tensor) -> Tensor:
         return torch.zeros(len(t), 3, device=t.device)
 
 
-def with_rows(head: SpanHead | SharedHead, rows: bool) -> Head:
-    """Return a head that serves any step, with a row of weights for every trained one or without."""
-    head.rows = Longer(head.facts.grids) if rows else NoRows()  # type: ignore[assignment]
+class UntoldCurve(CurveHead):
+    """A curve head that is told no coordinates."""
+
+    def place(self, t: Tensor) -> Tensor:
+        return torch.zeros(len(t), 3, device=t.device)
+
+
+Kind = type[SpanHead | CurveHead | SharedHead]
+
+
+def serving_any(head: Head) -> Head:
+    """Return a head that serves any step, by the nearest trained step's row where it has rows."""
+    if isinstance(head, SpanHead | SharedHead):
+        head.rows = Longer(head.facts.grids)
     return head
 
 
-HEADS: dict[str, tuple[type[SpanHead | SharedHead], bool]] = {
-    "rows and coordinates (TrajP-L's span head)": (SpanHead, True),
-    "rows, no coordinates": (Untold, True),
-    "coordinates, no rows": (SpanHead, False),
-    "neither": (Untold, False),
-    "rows alone, the same for all samples (PAS)": (SharedHead, True),
+HEADS: dict[str, Kind] = {
+    "rows and coordinates (span head)": SpanHead,
+    "rows, no coordinates": UntoldSpan,
+    "coordinates, no rows (curve head)": CurveHead,
+    "neither": UntoldCurve,
+    "rows alone, the same for all samples (PAS)": SharedHead,
 }
 
 
@@ -109,36 +116,36 @@ def error(x: Tensor, goal: Tensor) -> float:
     return float(((x - goal).flatten(1).norm(dim=1) / goal.flatten(1).norm(dim=1)).mean())
 
 
-def measured(teacher: Backbone, fresh: Trajectories, head: Head | None, solver: str = "ddim") -> dict[int, float]:
-    """Return the errors of a head in every step count."""
+def measured(
+    teacher: Backbone, fresh: Trajectories, head: Head | None, solver: str = "ddim", roles: Roles | None = None
+) -> dict[int, float]:
+    """Return the errors of a head in every step count, on the teacher or on a student."""
     cond = fresh.embeddings.all(torch.device("cpu"))
     found = {}
     with torch.no_grad():
         for k in COUNTS:
             times, rule = timegrid.uniform(teacher.schedule, k), solver_named(solver)
-            network = denoiser(teacher, teacher.module, cond)
+            network = denoiser(teacher, teacher.module, cond) if roles is None else roles.denoise("student", cond)
             *_, last = sample(network, teacher.schedule, fresh.states[:, 0], times, rule, head)
             found[k] = error(last.x, fresh.states[:, -1])
     return found
 
 
-def trained(
-    teacher: Backbone, paths: Trajectories, kind: type[SpanHead | SharedHead], rows: bool, seed: int, iterations: int
-) -> Head:
-    """Return a head that is trained on trajectories."""
+def trained(teacher: Backbone, paths: Trajectories, kind: Kind | None, rank: int, seed: int, iterations: int) -> Roles:
+    """Return a student with a head and a LoRA, or with one of them, that is trained on trajectories."""
     method = TrajectoryImitation(steps=TRAINED, condition=False, guidance=GUIDANCE)
     grids = [method.times(teacher.schedule, k) for k in TRAINED]
     torch.manual_seed(seed)
     facts = facts_of(teacher.schedule, paths.whole, paths.grid, paths.states[:, -1], grids)
-    head = with_rows(kind(teacher.schedule, facts), rows)
-    roles = make_roles(teacher, RolesConfig(rank=0), head=head, fake=False)
-    train = TrainConfig(iterations=iterations, batch=64, lr=2e-3, decay=iterations // 2, seed=seed)
+    head = None if kind is None else serving_any(kind(teacher.schedule, facts))
+    roles = make_roles(teacher, RolesConfig(rank=rank), seed, head=head, fake=False)
+    train = TrainConfig(iterations=iterations, batch=64, lr=1e-3 if rank else 2e-3, decay=iterations // 2, seed=seed)
     for _ in distill(roles, method, paths.embeddings, train, paths=paths):
         pass
     with torch.no_grad():
         for name, p in roles.trained["student"].items():
             p.copy_(roles.average[name])
-    return head
+    return roles
 
 
 def shape_errors(teacher: Backbone, paths: Trajectories, fresh: Trajectories, rank: int) -> dict[int, float]:
@@ -190,27 +197,31 @@ def plans(a: argparse.Namespace) -> Iterator[tuple[str, int | None, int | None, 
     fresh = walked(teacher, FRESH, 10**6)
     for solver, label in (("ddim", "DDIM"), ("dpmpp", "DPM-Solver++(2M)"), ("ipndm", "iPNDM")):
         yield label, None, None, partial(measured, teacher, fresh, None, solver)
-    paths = {(seed, count): walked(teacher, count, 1000 * (seed + 1)) for seed in SEEDS for count in (50, 500)}
-    for (seed, count), own in paths.items():
-        for rank in (3, 6):
+    for seed, count in ((seed, count) for seed in SEEDS for count in AMOUNTS):
+        own = walked(teacher, count, 10_000 * (seed + 1))
+        for rank in (3, 6) if count < max(AMOUNTS) else ():
             yield f"shape, {rank} coordinates", count, seed, partial(shape_errors, teacher, own, fresh, rank)
-    for (seed, count), own in paths.items():
-        for label, (kind, with_rows_of_steps) in HEADS.items():
-            one = partial(headed, teacher, own, fresh, kind, with_rows_of_steps, seed, a.iterations)
-            yield label, count, seed, one
+        for label, kind in HEADS.items():
+            yield label, count, seed, partial(headed, teacher, own, fresh, kind, 0, seed, a.iterations)
+        for label, tuned in {"alone": None, **HEADS}.items():
+            one = partial(headed, teacher, own, fresh, tuned, RANK, seed, LONGER * a.iterations)
+            yield f"LoRA {label}" if tuned is None else f"LoRA and {label}", count, seed, one
 
 
 def headed(
     teacher: Backbone,
     paths: Trajectories,
     fresh: Trajectories,
-    kind: type[SpanHead | SharedHead],
-    rows: bool,
+    kind: Kind | None,
+    rank: int,
     seed: int,
     iterations: int,
 ) -> dict[int, float]:
-    """Train a head and return its errors."""
-    return measured(teacher, fresh, trained(teacher, paths, kind, rows, seed, iterations))
+    """Train a student and return its errors."""
+    roles = trained(teacher, paths, kind, rank, seed, iterations)
+    head = roles.head
+    assert head is None or isinstance(head, Head)
+    return measured(teacher, fresh, head, roles=roles)
 
 
 def page(record: Record) -> str:
@@ -218,10 +229,10 @@ def page(record: Record) -> str:
     lines = []
     for method, count in dict.fromkeys((r["method"], r["trajectories"]) for r in record.rows):
         own = [r for r in record.rows if (r["method"], r["trajectories"]) == (method, count)]
-        cells = [f"{statistics.mean(r['error'][str(k)] for r in own):.3f}" for k in COUNTS]
+        cells = [spread([r["error"][str(k)] for r in own], 3) for k in COUNTS]
         seconds = f"{statistics.mean(r['seconds'] for r in own):.0f}"
         lines.append([method, "" if count is None else count, seconds, *cells, len(own)])
-    lines.sort(key=lambda line: (str(line[1]) != "", str(line[1])))
+    lines.sort(key=lambda line: int(line[1] or 0))
     steps = [f"{k} step{'s' if k > 1 else ''}{', trained' if k in TRAINED else ''}" for k in COUNTS]
     table = markdown(["method", "trajectories", "CPU s", *steps, "seeds"], lines)
     return f"# Heads and untrained steps\n\n{about(__doc__)}\n\n{wrapped(provenance(record))}\n\n{table}\n"

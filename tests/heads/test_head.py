@@ -11,7 +11,7 @@ from fewstep.core.prediction import Split
 from fewstep.core.schedule import EDM, Flow, Schedule, expand
 from fewstep.core.solvers import SOLVERS, SolverHistory, SolverStep, sample
 from fewstep.heads.curve import Curve
-from fewstep.heads.head import KINDS, Facts, Head, facts_of, make_head, require_steps
+from fewstep.heads.head import KINDS, SERVE_ANY, Facts, Head, facts_of, make_head, require_steps
 from fewstep.student.folder import read_head, write_head
 
 from .. import tiny
@@ -85,7 +85,7 @@ def test_a_visit_of_somebody_else_is_not_seen(kind: str) -> None:
     ).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["span", "shared"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_span_moves_and_turns_with_the_data(kind: str) -> None:
     """A rotated trajectory is corrected to the rotated correction.
 
@@ -110,9 +110,10 @@ def test_the_span_moves_and_turns_with_the_data(kind: str) -> None:
     torch.testing.assert_close(turned, (plain - 0.3) @ turn + 0.3, atol=1e-4, rtol=1e-4)
 
 
-def test_the_span_stays_in_the_span() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_span_stays_in_the_span(kind: str) -> None:
     schedule, shape = EDM(), (32,)
-    head, x = head_of("span", schedule, shape=shape), noise(schedule, (32,))
+    head, x = head_of(kind, schedule, shape=shape), noise(schedule, (32,))
     t, t_next = (torch.full((3,), v).double() for v in (5.0, 1.0))
     way = denoise(schedule, x, t)
     delta = head(way, t, t_next, SolverHistory(x / 80)).x0 - way.x0
@@ -137,7 +138,7 @@ def test_shared_weights_are_a_few_numbers_a_step() -> None:
     assert rows == list(range(6))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in SERVE_ANY])
 def test_a_head_serves_as_many_steps_as_it_has_weights_for(kind: str) -> None:
     """And for fewer."""
     head, x = head_of(kind, tiny.TABLE), noise(tiny.TABLE)
@@ -154,12 +155,25 @@ def test_a_head_serves_as_many_steps_as_it_has_weights_for(kind: str) -> None:
         require_steps(kind, head.counts, 5, "--steps", "take fewer")
 
 
-def test_a_head_sees_where_its_step_is_on_the_curve() -> None:
+@pytest.mark.parametrize("kind", SERVE_ANY)
+def test_a_head_without_weights_of_steps_serves_any_number(kind: str) -> None:
+    head, x = head_of(kind, tiny.TABLE), noise(tiny.TABLE)
+    assert not [n for n, _ in head.named_parameters() if n.startswith("rows")]
+    for steps in (1, 3, 9):
+        require_steps(kind, head.counts, steps, "steps", "")
+        *_, last = sample(
+            lambda x, t: denoise(tiny.TABLE, x, t), tiny.TABLE, x, timegrid.uniform(tiny.TABLE, steps), correct=head
+        )
+        assert bool(last.x.isfinite().all())
+
+
+@pytest.mark.parametrize("kind", ["span", "curve"])
+def test_a_head_sees_where_its_step_is_on_the_curve(kind: str) -> None:
     """With another curve, all else equal, the correction is another one."""
     schedule, x = tiny.TABLE, noise(tiny.TABLE)
     t, t_next = torch.full((3,), 749.0).double(), torch.full((3,), 499.0).double()
-    head = head_of("span", schedule)
-    other = head_of("span", schedule, curve=Curve(CURVE.weights.flip(0), CURVE.shape.flip(0), CURVE.r2))
+    head = head_of(kind, schedule)
+    other = head_of(kind, schedule, curve=Curve(CURVE.weights.flip(0), CURVE.shape.flip(0), CURVE.r2))
     assert (head.place(t) - other.place(t)).abs().max() > 0.1
     apart = (
         head(denoise(schedule, x, t), t, t_next, SolverHistory(x)).x0
@@ -196,5 +210,5 @@ def test_facts_are_those_of_the_clean_states() -> None:
 
 
 def test_unknown_kinds_list_the_known() -> None:
-    with pytest.raises(ValueError, match=r"method.head: got 'mlp', allowed are none, span, shared"):
+    with pytest.raises(ValueError, match=r"method.head: got 'mlp', allowed are none, span, curve, shared"):
         head_of("mlp", Flow())

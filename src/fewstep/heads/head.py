@@ -158,12 +158,11 @@ class Rows(nn.Module):
         return self.weights[row, :count]
 
 
-class SpanHead(Head):
-    """Head that predicts weights on the tokens, per step and per sample.
+class NetworkHead(Head):
+    """Base class of heads whose network predicts weights on the tokens.
 
-    Each step has weights shared by all samples. A network over the set of tokens adds weights per sample; the
-    network sees lengths, cosines and the curve. The weights do not change when the data are moved or rotated,
-    and the head works for data of any size.
+    The network over the set of tokens sees lengths, cosines and the curve. The weights do not change when the data are
+    moved or rotated, and the head works for data of any size.
     """
 
     def __init__(self, schedule: Schedule, facts: Facts, width: int = 64) -> None:
@@ -171,9 +170,9 @@ class SpanHead(Head):
         self.each = nn.Sequential(nn.Linear(16, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.mix = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.out = _zero(nn.Linear(width, 1))
-        self.rows = Rows(facts.grids)
 
-    def delta(self, tokens: Tokens, t: Tensor, t_next: Tensor) -> Tensor:
+    def weights(self, tokens: Tokens, t: Tensor, t_next: Tensor) -> Tensor:
+        """Return the weights of each sample's tokens, [B, N]."""
         values, there, lengths, times = tokens
         unit = values.flatten(2).float() / (self.facts.spread * values[0, 0].numel() ** 0.5)
         cosines = nn.functional.pad(torch.einsum("bnd,bmd->bnm", unit, unit[:, :3]), (0, max(0, 3 - unit.shape[1])))
@@ -185,9 +184,32 @@ class SpanHead(Head):
         h = self.each(torch.cat([torch.log(lengths + SMALL)[..., None], cosines, kind, step, visited], 2).detach())
         mask = there.to(h)[..., None]
         pooled = (h * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
-        own = self.out(self.mix(torch.cat([h, pooled.expand_as(h)], 2)))[..., 0]
-        weights = (own + self.rows(t, t_next, values.shape[1])) * there
-        return torch.einsum("bn,bn...->b...", weights.to(values), values)
+        return self.out(self.mix(torch.cat([h, pooled.expand_as(h)], 2)))[..., 0]
+
+    def delta(self, tokens: Tokens, t: Tensor, t_next: Tensor) -> Tensor:
+        weights = self.weights(tokens, t, t_next) * tokens.there
+        return torch.einsum("bn,bn...->b...", weights.to(tokens.values), tokens.values)
+
+
+class SpanHead(NetworkHead):
+    """Head that predicts weights on the tokens, per step and per sample.
+
+    Each step has weights shared by all samples, to which the network adds weights per sample.
+    """
+
+    def __init__(self, schedule: Schedule, facts: Facts, width: int = 64) -> None:
+        super().__init__(schedule, facts, width)
+        self.rows = Rows(facts.grids)
+
+    def weights(self, tokens: Tokens, t: Tensor, t_next: Tensor) -> Tensor:
+        return super().weights(tokens, t, t_next) + self.rows(t, t_next, tokens.values.shape[1])
+
+
+class CurveHead(NetworkHead):
+    """Head that knows a step by its place on the curve alone.
+
+    It has no weights of single steps, so it serves steps of any length, trained or not.
+    """
 
 
 class SharedHead(Head):
@@ -211,7 +233,12 @@ def _zero(layer: nn.Module) -> nn.Module:
     return layer
 
 
-KINDS: dict[str, type[SpanHead] | type[SharedHead]] = {"span": SpanHead, "shared": SharedHead}
+KINDS: dict[str, type[SpanHead] | type[CurveHead] | type[SharedHead]] = {
+    "span": SpanHead,
+    "curve": CurveHead,
+    "shared": SharedHead,
+}
+SERVE_ANY = ("curve",)  # kinds without weights of single steps
 
 
 def make_head(kind: str, schedule: Schedule, facts: Facts, seed: int = 0) -> Head:
@@ -235,7 +262,8 @@ def require_steps(kind: str, counts: Iterable[int], steps: int, option: str, cur
     """Check that a head serves this number of steps.
 
     A head has weights for every step of the grids that it was made for: `counts` are their step counts, and
-    `kind` is the kind of head. Raises ValueError with the `cure` where some of the steps have no weights.
+    `kind` is the kind of head; one that knows steps by the curve alone serves any number. Raises ValueError with the
+    `cure` where some of the steps have no weights.
     """
-    if steps > (most := max(counts)):
+    if kind not in SERVE_ANY and steps > (most := max(counts)):
         raise ValueError(f"{option}: got {steps}, the student's {kind} head serves up to {most} steps; {cure}")

@@ -1,4 +1,4 @@
-"""Denoising regression of a score: one loss, two targets, and what else trains a score.
+"""Denoising regression of a score, and what weighs or steadies it.
 
 TDM eq. 7 without the density ratio. The ratio is of densities in d dimensions: on average
 `log q(x_tau | x0) / q(x_tau | x_t) = -d log(sigma_tau / beta)`, and no float can represent the ratio; to the power 1/d
