@@ -81,8 +81,8 @@ SEEDS, COUNTS, GUIDANCE, BATCH = (0, 1, 2), (4, 2, 1), 1.5, 32
 STAGES = ("teacher", "search", "race", "counts", "longer", "settings", "rewards")
 LONGER = 4  # times the seconds, for the nearest of a step count
 NEAREST = {
-    4: ("tdm-wide", "tdm", "after-progressive", "diff-instruct-even"),
-    1: ("after-progressive", "tdm", "diff-instruct", "tdm-wide"),
+    4: ("tdm", "tdm-wide", "after-progressive"),
+    1: ("after-progressive", "tdm", "diff-instruct"),
 }
 Settings = dict[str, Any]
 RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)  # a search goes on until both neighbours of the best rate are worse

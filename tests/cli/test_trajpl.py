@@ -252,7 +252,7 @@ def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch, capsy
             ("--set", "method={name: tdm, steps: 4, warmup: 1}"),
             "data.source: method tdm takes no trajectories of the teacher; leave data out",
         ),
-        (("--set", "method.head=mlp"), "method.head: got 'mlp', allowed are none, span, shared"),
+        (("--set", "method.head=mlp"), "method.head: got 'mlp', allowed are none, span, curve, shared"),
         (("--set", "roles.rank=0", "--set", "method.head=none"), "roles.rank: got 0, which trains a head alone"),
         (("--set", "data.solver=rk4"), "data.solver"),
         (("--set", "method.name=pas"), "roles.rank: got 2, method pas stands for 0; set roles.rank=0"),

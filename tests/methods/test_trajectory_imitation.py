@@ -236,7 +236,7 @@ def test_a_step_of_training_is_not_sampled_in_more_steps_than_its_head_serves() 
 
 
 @pytest.mark.parametrize(("settings", "expected"), [
-    ({"head": "mlp"}, "head: got 'mlp', allowed are none, span, shared"),
+    ({"head": "mlp"}, "head: got 'mlp', allowed are none, span, curve, shared"),
     ({"solver": "renoise"}, "solver: got 'renoise', allowed are ddim, dpmpp, ipndm"),
     ({"steps": 0}, "steps: got 0"),
     ({"loss": "l3"}, "loss: got 'l3', allowed are l1, l2, huber"),
