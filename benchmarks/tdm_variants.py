@@ -191,6 +191,21 @@ VARIANTS = (
         claim="not in the paper",
         method={"fake": {"target": "transition"}},
     ),
+    # What is best in the arena (`arena.md`): as many updates of the student take three times as long.
+    Variant(
+        key="even",
+        label="TDM, five fake updates at the student's rate",
+        claim="not in the paper",
+        method={"fake": {"updates": 5}, "warmup": 8},
+        other={"train": {"fake_lr": 1.0e-4}},
+    ),
+    Variant(
+        key="even-wide",
+        label="TDM, tau up to pure noise, five fake updates at the student's rate",
+        claim="not in the paper",
+        method={"fake": {"updates": 5}, "warmup": 8, "match": {"tau_range": "to_noise"}},
+        other={"train": {"fake_lr": 1.0e-4}},
+    ),
     Variant(
         key="full",
         label="TDM, all weights of three copies",

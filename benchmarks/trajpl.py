@@ -86,10 +86,12 @@ SOLVERS = {
 HEADS = {
     "pas": Student("shared weights (PAS)", {"head": "shared"}, ALONE),
     "head": Student("span head alone", {"head": "span"}, ALONE),
+    "curve": Student("curve head alone", {"head": "curve"}, ALONE),
 }
 LORAS = {
     "lora": Student("LoRA alone", {"head": "none"}, {"rank": 8}),
     "trajp-l": Student("LoRA and span head (TrajP-L)", {"head": "span"}, {"rank": 8}),
+    "trajp-l-curve": Student("LoRA and curve head", {"head": "curve"}, {"rank": 8}),
 }
 REGRESSED: dict[str, Any] = {"steps": 2, "regression_weight": 32.0, "warmup": 40, "fake": {"weight": "v"}}
 MATCHING = TrainConfig(iterations=160, batch=32, lr=1e-4, fake_lr=1e-3, decay=80, ema=0.95)
@@ -119,6 +121,7 @@ PARTS: dict[str, dict[str, Student]] = {
         "sfd": SFD,
         "lora-pas": Student("LoRA and shared weights", {"head": "shared"}, {"rank": 8}),
         "trajp-l": LORAS["trajp-l"],
+        "trajp-l-curve": LORAS["trajp-l-curve"],
     },
     "data": {
         f"{key}-{n}": replace(student, label=f"{student.label}, {n:,} trajectories", trajectories=n)

@@ -54,7 +54,9 @@ class TrajectoryImitation(Method):
     """Regression loss."""
 
     head: Annotated[str, OneOf(("none", *KINDS))] = "span"
-    """Kind of head that corrects the direction; `none` trains none, `roles.rank: 0` trains the head alone."""
+    """Kind of head that corrects the direction: `span` has weights for each trained step, `curve` knows steps by the
+    trajectories' common curve alone and serves untrained ones, `shared` is PAS's; `none` trains none, `roles.rank: 0`
+    trains the head alone."""
 
     analytic_first_step: bool = False
     """Take the first direction analytically, without a network evaluation (AFS, arXiv 2210.05475)."""
