@@ -5,8 +5,8 @@
 The poor teacher is the arena's network (`arena.py`), trained on blurred images. The good set are 1,000 sharp ones. TDM
 in 4 steps trains all weights for equal CPU seconds, by three ways: alone; after a fine-tune of the teacher on the good
 set, which takes a third of the seconds; and with an adversarial term on the same set all the time. Both ways to use the
-set have as many settings tried, with seed 0: rates of the fine-tune, weights of the term. Distances are the arena's, to
-sharp test images; iterations follow from paces that are measured in turns.
+set are tuned with seed 0: four rates of the fine-tune, six weights of the term. Distances are the arena's, to sharp
+test images; iterations follow from paces that are measured in turns.
 """
 
 import argparse
@@ -60,7 +60,7 @@ from records import (
 )
 
 GOOD, RATE, SHARE = 1000, 3e-5, 1 / 3  # images; TDM's rate in the arena; of the seconds, for a fine-tune
-RATES, WEIGHTS = (1e-4, 3e-4, 1e-3, 3e-3), (0.3, 1.0, 3.0, 10.0)
+RATES, WEIGHTS = (1e-4, 3e-4, 1e-3, 3e-3), (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 ALONE, TERM, FIRST = "TDM alone", "TDM with an adversarial term", "fine-tune, then TDM"
 
 
