@@ -57,7 +57,7 @@ from records import (
 TRAINED, COUNTS, FRESH, GUIDANCE, SEEDS = (2, 4), (1, 2, 3, 4, 5, 6), 500, Guidance(scale=1.5), (0, 1, 2)
 FINE = 60  # steps of the trajectories, which all counts divide
 RANK, LONGER = 4, 3  # of a LoRA, and its iterations next to a head's
-AMOUNTS = (50, 500, 5000)
+AMOUNTS = (500, 50, 5000)
 
 
 class Longer(Rows):
@@ -197,7 +197,7 @@ def plans(a: argparse.Namespace) -> Iterator[tuple[str, int | None, int | None, 
     fresh = walked(teacher, FRESH, 10**6)
     for solver, label in (("ddim", "DDIM"), ("dpmpp", "DPM-Solver++(2M)"), ("ipndm", "iPNDM")):
         yield label, None, None, partial(measured, teacher, fresh, None, solver)
-    for seed, count in ((seed, count) for seed in SEEDS for count in AMOUNTS):
+    for seed, count in ((seed, count) for count in AMOUNTS for seed in SEEDS):
         own = walked(teacher, count, 10_000 * (seed + 1))
         for rank in (3, 6) if count < max(AMOUNTS) else ():
             yield f"shape, {rank} coordinates", count, seed, partial(shape_errors, teacher, own, fresh, rank)
