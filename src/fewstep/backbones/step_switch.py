@@ -17,7 +17,10 @@ TOLD = ("timestep", "t")  # what networks call the time
 
 
 class _ToldError(Exception):
-    """The time that a network is told, in the units of its argument."""
+    """Carries the time that a network is told.
+
+    In the units of its argument.
+    """
 
     def __init__(self, time: float) -> None:
         super().__init__()
@@ -60,7 +63,10 @@ def switch_by_time(network: nn.Module, told: Sequence[float], serve: Callable[[i
 
 
 def _time_in(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
-    """Return the time of a call, which is the same for all samples."""
+    """Return the time of a call.
+
+    It is the same for all samples.
+    """
     given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
     time = next(given[name] for name in TOLD if name in given)
     return float(time.reshape(-1)[0] if isinstance(time, Tensor) else time)

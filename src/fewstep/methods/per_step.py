@@ -1,4 +1,4 @@
-"""Which trainings may give each step of a student weights of its own."""
+"""Trainings that may give each step weights of its own."""
 
 from ..roles.roles import RolesConfig
 from .method import Method

@@ -22,9 +22,9 @@ DenoiseOwn = Callable[[int, Cond], Denoise]  # step, conditions -> denoiser with
 
 
 def step_name(role: str, step: int) -> str:
-    """Return what the weights of a role are called in this step, from 0.
+    """Return what a step's weights of a role are called.
 
-    As adapters beside another are called: `student`, `student_2`, `student_3`.
+    Steps count from 0. As adapters beside another are called: `student`, `student_2`, `student_3`.
     """
     return f"{role}_{step + 1}" if step else role
 

@@ -74,7 +74,7 @@ def roles_for(
 
 
 def _require_one_network(teacher: Backbone, head: Head | None) -> None:
-    """Check that steps of this teacher's students can have weights of their own.
+    """Check that steps can have weights of their own.
 
     Raises ValueError for a pair of networks, and for a head.
     """

@@ -134,7 +134,7 @@ def _comfyui(card: StudentCard, info: PipelineInfo, schedule: Schedule, config: 
     """Return what to do in ComfyUI, or why nothing can be done."""
     name = checkpoint_name(card.base)
     if why := obstacle(card, info.family, schedule, config, info.comfyui):
-        cured = bool(info.family.kohya) and not name
+        cured = bool(info.family.kohya) and not name and not card.per_step
         cure = (
             f" `fewstep export {folder} OUT --base FILE.safetensors` writes one for the checkpoint that you have."
             if cured

@@ -246,7 +246,10 @@ def read_lora(folder: Path, pair: bool = False) -> dict[str, Tensor]:
 
 
 def _listed(path: Path) -> tuple[Path, str]:
-    """Return the folder with the card of a weight file, and the file's place in it."""
+    """Return where a weight file is listed.
+
+    Returns the folder with the card, and the file's place in it.
+    """
     of_step = not holds_student(path.parent) and holds_student(path.parent.parent)
     folder = path.parent.parent if of_step else path.parent
     return folder, path.relative_to(folder).as_posix()

@@ -194,7 +194,7 @@ class Student:
 
     @staticmethod
     def _on(parts: Parts, backbone: Backbone, base: Backbone) -> "Student":
-        """Put one set of a student's weights on modules that are its own."""
+        """Put one set of weights on the student's own modules."""
         card, adapter = parts.card, None
         network = backbone.module if parts.network is None else parts.network
         if card.weights == "lora":

@@ -95,9 +95,9 @@ def require_unchanged(before: Mapping[str, Any] | None, now: Mapping[str, Any], 
 
 
 def _completed(before: Mapping[str, Any], now: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a checkpoint's settings with newer fields of method and roles at their defaults.
+    """Return a checkpoint's settings with newer fields at their defaults.
 
-    A setting that a newer version has added leaves older runs as they were.
+    The fields are those of method and roles. A setting that a newer version has added leaves older runs as they were.
     """
     method, kind, roles = before.get("method"), METHODS.get(str(now["method"].get("kind"))), before.get("roles")
     if isinstance(roles, Mapping):
