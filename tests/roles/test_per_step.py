@@ -26,7 +26,7 @@ from fewstep.methods.presets import preset
 from fewstep.roles.per_step import by_step, step_name
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.runs.init import roles_for
-from fewstep.training.loop import Step, TrainConfig, distill
+from fewstep.training.loop import Reach, Step, TrainConfig, distill
 from fewstep.training.settings import require_unchanged, settings_of
 
 from .. import tiny
@@ -246,6 +246,22 @@ def test_averages_serve_in_previews(lora: bool) -> None:
             torch.testing.assert_close(roles.denoise("student", cond)(x, t).x0, live)
 
 
+def test_steps_without_a_sample_yet_are_not_lost_gradients() -> None:
+    """Half of the tensors of the steps that had one have to be reached."""
+    roles = apart()
+    first = [*roles.served["student_3"]]
+    for names, lost in ((first, False), (first[:1], True), ([], True)):
+        reach = Reach()
+        reach.add("student", names)
+        for _ in range(Reach.PATIENCE - 1):
+            reach.check(roles, ["student"])
+        if lost:
+            with pytest.raises(ValueError, match="the student's loss reaches"):
+                reach.check(roles, ["student"])
+        else:
+            reach.check(roles, ["student"])
+
+
 def test_a_step_is_called_as_adapters_beside_another_are() -> None:
     assert [step_name("student", k) for k in range(3)] == ["student", "student_2", "student_3"]
     roles = apart()
@@ -286,6 +302,8 @@ def test_sharding_and_a_rank_of_zero_are_refused() -> None:
         require_per_step(METHOD, RolesConfig(per_step=True), sharded=True)
     with pytest.raises(ValueError, match=r"per_step: got True with rank=0"):
         RolesConfig(per_step=True, rank=0)
+    copies = roles_for(tiny.denoiser(), METHOD, RolesConfig(per_step=True, lora=False, rank=0))  # a rank of no LoRA
+    assert len(copies.networks) == 6
 
 
 def test_a_run_from_before_the_setting_resumes() -> None:

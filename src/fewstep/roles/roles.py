@@ -484,7 +484,7 @@ def make_roles(
     set_checkpointing(backbone.module, None)
     base = backbone.module.requires_grad_(False).eval()
     steps = [step_name("student", k) for k in range(1 if step_times is None else len(step_times) - 1)]
-    assert step_times is None or (head is None and head_to_absorb is None and not condition_values and config.rank)
+    assert step_times is None or (head is None and head_to_absorb is None and not condition_values)
     made: tuple[Role, ...] = (*(TRAINED if fake else TRAINED[:1]), *((SURROGATE,) if surrogate else ()))
     if config.lora and not config.rank and (fake or head is None):
         raise ValueError("roles.rank: got 0, which trains a head alone; choose a rank from 1, e.g. 32")
