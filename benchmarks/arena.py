@@ -104,15 +104,25 @@ class Racer:
     begin: str = ""  # a racer that has the first half of the time, whose student goes on
     fake: float = 10  # the fake score's rate, in the student's
     like: str = "tdm"  # a racer that has its rate, where none is searched
+    per_step: bool = False  # whether each step has weights of its own
 
 
-def tdm(label: str, source: str, images: str = "", begin: str = "", like: str = "tdm", **method: Any) -> Racer:
+def tdm(
+    label: str,
+    source: str,
+    images: str = "",
+    begin: str = "",
+    like: str = "tdm",
+    per_step: bool = False,
+    **method: Any,
+) -> Racer:
     """Return TDM with a setting of others, in 4 steps; after another method in all.
 
     It has the rate of `like`, and its fake score's, too.
     """
     counts, fake = COUNTS if begin else (4,), 10 if like == "tdm" else 1
-    return Racer(label, {"name": "tdm", **method}, MATCHING, counts, images, "", source, begin, fake, like)
+    own = {"name": "tdm", **method}
+    return Racer(label, own, MATCHING, counts, images, "", source, begin, fake, like, per_step)
 
 
 def dmd2(label: str, updates: int, more: Settings, images: str = "") -> Racer:
@@ -178,6 +188,7 @@ OTHERS: dict[str, Racer] = {  # settings of rivals, the likeliest first
     "sample-dpmpp": tdm("sampled with DPM-Solver++", "TDM tab. 6", sample_solver="dpmpp"),
     "gan-real": tdm("adversarial term, real images", "TDM eq. 16", "real", gan=GAN),
     "gan-teacher": tdm("adversarial term, the teacher's images", "arXiv 2606.12575", "teacher", gan=GAN),
+    "per-step": tdm("own weights per step", "arXiv 2606.12575", per_step=True),
     "guidance-own": tdm(
         "guidance as its own term, tau in the segment", "arXiv 2511.22677", match={"guidance_tau": "own"}
     ),
@@ -267,7 +278,7 @@ def training(
     arena: Arena, racer: Racer, method: Method, cell: Cell, iterations: int, begin: Mapping[str, Tensor] | None = None
 ) -> Iterator[Roles]:
     """Train a racer, from the teacher or another student's weights, and yield its roles after every iteration."""
-    roles = roles_for(arena.teacher, method, RolesConfig(lora=False), cell.seed)
+    roles = roles_for(arena.teacher, method, RolesConfig(lora=False, per_step=racer.per_step), cell.seed)
     if begin is not None:
         roles.start_from(begin)
     roles = replace(roles, reward=arena.rewards[racer.reward] if racer.reward else None)

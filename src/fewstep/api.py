@@ -35,6 +35,7 @@ from .methods.distribution_matching import (
     RewardConfig,
 )
 from .methods.method import Method
+from .methods.per_step import require_per_step
 from .methods.presets import ROLES, preset, require_roles
 from .methods.progressive import ProgressiveDistillation
 from .methods.trajectory_imitation import TrajectoryImitation
@@ -151,6 +152,7 @@ def distill(
         names = targets(teacher.module, networks.targets, networks.exclude)
         networks = replace(networks, rank=ROLES.get(method.name, {}).get("rank", fitting_rank(teacher.module, names)))
     require_roles(method.name, networks)
+    require_per_step(method, networks, train.shard)
     if note := large_rank(teacher.module, networks):
         warnings.warn(python_words(note), DistillationWarning, stacklevel=3)
     require_updates(method, train.iterations)

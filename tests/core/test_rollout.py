@@ -34,7 +34,9 @@ def run(update: str, segments: Tensor, steps: int) -> tuple[Tensor, list[Tensor]
     times, calls = timegrid.uniform(TABLE, steps), list[int]()
     with torch.no_grad():
         full = [s.x for s in sample(network(cond, []), TABLE, noise, times, SOLVERS[update])]
-    starts, _ = segment_starts(lambda rows: network(cond[rows], calls), TABLE, noise, times, segments, SOLVERS[update])
+    starts, _ = segment_starts(
+        lambda _, rows: network(cond[rows], calls), TABLE, noise, times, segments, SOLVERS[update]
+    )
     assert torch.equal(noise, kept)
     return starts, full, calls
 
@@ -55,7 +57,7 @@ def test_the_next_step_lands_on_the_full_rollout(update: str) -> None:
     with torch.no_grad():
         full = [s.x for s in sample(network(cond, []), TABLE, noise, times, SOLVERS[update])]
         starts, past = segment_starts(
-            lambda rows: network(cond[rows], []), TABLE, noise, times, segments, SOLVERS[update]
+            lambda _, rows: network(cond[rows], []), TABLE, noise, times, segments, SOLVERS[update]
         )
         here = network(cond, [])(starts, times[segments])
         landed = step(SOLVERS[update], TABLE, here, times[segments], times[segments + 1], past)[0]
@@ -81,7 +83,7 @@ def test_there_is_no_gradient() -> None:
     noise, weight = torch.randn((4, 2), generator=torch.Generator().manual_seed(0)), torch.ones(2, requires_grad=True)
     times = timegrid.uniform(Flow(), 2)
     starts, past = segment_starts(
-        lambda rows: lambda x, t: Split(x * weight, x), Flow(), noise, times, torch.tensor([0, 0, 1, 1])
+        lambda _, __: lambda x, t: Split(x * weight, x), Flow(), noise, times, torch.tensor([0, 0, 1, 1])
     )
     assert not starts.requires_grad
 
@@ -101,7 +103,7 @@ def test_a_correction_meets_the_same_past_in_a_segment_as_on_the_way(solver: str
     with torch.no_grad():
         full = [s.x for s in sample(network(cond, []), TABLE, noise, times, SOLVERS[solver], correct)]
         starts, past = segment_starts(
-            lambda rows: network(cond[rows], []), TABLE, noise, times, segments, SOLVERS[solver], correct
+            lambda _, rows: network(cond[rows], []), TABLE, noise, times, segments, SOLVERS[solver], correct
         )
         here = network(cond, [])(starts, times[segments])
         landed, _ = step(SOLVERS[solver], TABLE, here, times[segments], times[segments + 1], past, correct)

@@ -257,6 +257,6 @@ class Recording:
     def __init__(self, inner: Callable[..., Denoise], told: list[tuple[str, float | None]]) -> None:
         self.inner, self.told = inner, told
 
-    def __call__(self, role: Role, cond: Cond, told: float | None = None) -> Denoise:
+    def __call__(self, role: Role, cond: Cond, told: float | None = None, step: Tensor | None = None) -> Denoise:
         self.told.append((role, told))
-        return self.inner(role, cond, told)
+        return self.inner(role, cond, told, step)

@@ -69,7 +69,7 @@ WRITTEN = """{
 def format_1(card: StudentCard) -> dict[str, Any]:
     """What fewstep 0.1.0 wrote of this student. Of the teacher's guidance it said neither a tilt nor a stop."""
     assert (card.guidance.tilt, card.guidance.stop) == (0, 0)
-    new = ("guidance", "analytic_first_step", "guidance_scales", "format")
+    new = ("guidance", "analytic_first_step", "guidance_scales", "per_step", "format")
     return {k: v for k, v in asdict(card).items() if k not in new} | {
         "teacher_guidance": card.guidance.scale,
         "guidance": "baked",

@@ -71,6 +71,8 @@ def test_a_teacher_without_content_needs_what_the_real_one_needs(family: str, tm
         pytest.param(TDM, RolesConfig(rank=4), 8, marks=pytest.mark.slow),
         pytest.param(TDM, RolesConfig(rank=4, checkpointing=True), 8, marks=pytest.mark.slow),
         pytest.param(TDM, RolesConfig(lora=False), 2, marks=pytest.mark.slow),
+        (TDM, RolesConfig(rank=4, per_step=True), 2),
+        pytest.param(TDM, RolesConfig(lora=False, per_step=True), 2, marks=pytest.mark.slow),
         pytest.param(TDM, RolesConfig(rank=4, quantize="int8"), 8, marks=pytest.mark.slow),
         pytest.param(
             TDM, RolesConfig(rank=4, quantize="nf4"), 8, marks=pytest.mark.slow
@@ -128,6 +130,24 @@ def test_a_rounded_base_and_moments_in_8_bits_take_what_is_planned() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_every_step_with_weights_of_its_own_is_counted(lora: bool, precision: str, tmp_path: Path) -> None:
+    """K students' weights, gradients, moments and averages beside one fake score's, and one teacher's."""
+    backbone = meta_teacher(pipelines.save("sd", tmp_path / "sd"))
+    config = TrainConfig(iterations=1, batch=4, precision=precision)  # type: ignore[arg-type]
+    several, single = (
+        bytes_of(backbone, TDM, RolesConfig(lora=lora, rank=4, per_step=p), config) for p in (True, False)
+    )
+    own = single.average  # of one student, in single precision
+    assert several.base == single.base
+    assert (several.trained, several.gradients) == (single.trained + own, single.gradients + own)
+    assert (several.average, several.optimiser) == (2 * own, single.optimiser + 2 * own)
+    assert several.host == single.host + 4 * own
+    # In bf16, casts of both students' weights, and of the base's at the call of either.
+    assert several.work <= single.work + own + (several.base // 2 if precision == "bf16" else 0)
+
+
 def test_methods_that_walk_trajectories_are_planned_too(tmp_path: Path) -> None:
     teacher = meta_teacher(pipelines.save("sd", tmp_path / "sd"))
     planned = bytes_of(

@@ -582,7 +582,13 @@ def print_roles(roles: Roles, optimizer: OptimizerName) -> None:
     held = {id(t): t for n in roles.networks.values() for t in (*n.parameters(), *n.buffers())}
     for p in (p for r in roles.trained.values() for p in r.values() if roles.config.lora):
         held.pop(id(p), None)
-    how = "three networks" if not roles.config.lora else f"one shared network, {roles.config.quantize or 'as it is'}"
+    how = (
+        f"one shared network, {roles.config.quantize or 'as it is'}"
+        if roles.config.lora
+        else "three networks"
+        if len(roles.networks) == 3
+        else f"{len(roles.networks)} networks"
+    )
     console.print(f"network weights in memory: {storage_bytes(*held.values()) / 2**20:.1f} MiB ({how})")
     if note := large_rank(roles.networks["teacher"], roles.config):
         console.print(f"note: {note.removeprefix('LORA ')}")

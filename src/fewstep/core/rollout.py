@@ -13,10 +13,11 @@ from .schedule import Schedule
 from .solvers import DDIM, Correction, Denoise, Solver, SolverHistory, SolverStep, at_time, step
 
 DenoiseRows = Callable[[slice], Denoise]  # rows of the batch -> denoiser under their conditions
+DenoiseStep = Callable[[int, slice], Denoise]  # step, rows of the batch -> denoiser of the step
 
 
 def segment_starts(
-    denoise_rows: DenoiseRows,
+    denoise_step: DenoiseStep,
     schedule: Schedule,
     x: Tensor,
     times: Tensor,
@@ -24,7 +25,6 @@ def segment_starts(
     solver: Solver = DDIM,
     correct: Correction | None = None,
     calls: int = 0,
-    first: DenoiseRows | None = None,
 ) -> tuple[Tensor, SolverHistory]:
     """Return the states at the noisy end of each sample's segment.
 
@@ -35,24 +35,20 @@ def segment_starts(
     on the CPU, because segments decide how many samples a step has. Only samples with
     steps left are evaluated, so a batch spread evenly over K segments costs `(K - 1)/2` network calls per
     sample, not `K - 1`. With `calls`, one-sample dummy calls pad the rollout to a fixed number of forward
-    passes, as FSDP requires. `first` denoises at pure noise, if another does.
+    passes, as FSDP requires. `denoise_step` is told the step, 0 at pure noise.
     """
-
-    def denoiser(k: int) -> DenoiseRows:
-        return denoise_rows if k or first is None else first
-
     x, noise = x.clone(), x / schedule.start_std
     steps = [_no_step(schedule, x) for _ in range(solver.memory if correct is None else len(times) - 2)]
     with torch.no_grad():
         for k in range(int(segments.max())):
             rows = slice(int((segments <= k).sum()), None)
             t, t_next = (at_time(s, x[rows]) for s in (times[k], times[k + 1]))
-            pred, history = denoiser(k)(rows)(x[rows].clone(), t), _rows(SolverHistory(noise, steps), rows)
+            pred, history = denoise_step(k, rows)(x[rows].clone(), t), _rows(SolverHistory(noise, steps), rows)
             x[rows], done = step(solver, schedule, pred, t, t_next, history, correct)
             for older, newer in zip(steps[::-1], [*history.steps[-2::-1], done] if steps else [], strict=True):
                 _put(older, rows, newer)
         for k in range(int(segments.max()), calls):
-            denoiser(k)(slice(0, 1))(x[:1], at_time(times[k], x[:1]))
+            denoise_step(k, slice(0, 1))(x[:1], at_time(times[k], x[:1]))
     return x, SolverHistory(noise, steps)
 
 

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from .schedule import Schedule
 
+NEAR = 1e-6  # of the path: the rounding of a time
+
 
 def uniform(schedule: Schedule, steps: int, shift: float = 1.0) -> Tensor:
     """Return the uniform K-step time grid.
@@ -90,6 +92,20 @@ def draw_segments(batch: int, steps: int, generator: torch.Generator) -> Tensor:
     """
     offset = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device)
     return ((torch.arange(batch, device=generator.device) + offset) * steps / batch).floor().long().clamp(max=steps - 1)
+
+
+def segments_at(times: Tensor, t: Tensor) -> Tensor:
+    """Return the segment of a grid in which each time lies.
+
+    Segment k of `times [K + 1]` holds the times `(t_{k+1}, t_k]`; noisier ones are in the first, and clean data in the
+    last. `t [B]` is on any device, and the result `[B]`, 0 .. K-1, is there, too. Times that are rounded to single
+    precision stay in their segment.
+    """
+    near = NEAR * float(times[0] - times[-1])
+    found = torch.zeros_like(t, dtype=torch.long)
+    for inner in times[1:-1].tolist():
+        found += t <= inner + near
+    return found
 
 
 def draw_between(schedule: Schedule, low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:

@@ -384,6 +384,20 @@ class DistributionMatching(Method):
     def sampler(self) -> str:
         return self.sample_solver or self.solver
 
+    @property
+    def against_per_step(self) -> tuple[str, str, str] | None:
+        if len(self.counts) > 1 or self.counts == (1,):
+            return "steps", str(list(self.counts)), "set it to one count from 2, such as 4"
+        for option, got, off in (
+            ("random_times", self.random_times, False),
+            ("ladder", list(self.ladder), []),
+            ("analytic_first_step", self.analytic_first_step, False),
+            ("fake.pull", self.fake.pull, 0.0),
+        ):
+            if got != off:
+                return option, str(got).lower(), "leave it out"
+        return None
+
     def count_at(self, iteration: int, iterations: int, rng: torch.Generator) -> int:
         rung = iteration * (len(self.ladder) + 1) // iterations
         return self.ladder[rung] if rung < len(self.ladder) else draw_count(self.steps, rng)
@@ -521,10 +535,9 @@ def draw(
     untrained = int(method.analytic_first_step and roles.head is None)
     segment = untrained + timegrid.draw_segments(batch, steps - untrained, host).cpu()
     student = partial(student_of, method, roles, steps=steps)
-    some, none = torch.ones(1, dtype=torch.bool), torch.zeros(1, dtype=torch.bool)
     calls = steps - 1 if roles.sharded else 0  # as many calls as any process may need
     start, history = segment_starts(
-        lambda r: student(rows(cond, r), noisy=none),
+        lambda k, r: student(rows(cond, r), step=torch.tensor([k])),
         schedule,
         x,
         times,
@@ -532,11 +545,10 @@ def draw(
         solver,
         roles.head,
         calls,
-        lambda r: student(rows(cond, r), noisy=some),
     )
     high, landing = sent(torch.stack([times[segment], times[segment + 1]]), x.device)
     with torch.set_grad_enabled(with_gradient):
-        denoise = student(cond, always=roles.sharded, noisy=segment == 0)
+        denoise = student(cond, always=roles.sharded, step=segment)
         landed, done = step(solver, schedule, denoise(start, high), high, landing, history, roles.head)
         clean, x0 = method.match.state == "clean", done.pred.x0 if roles.head is None else done.used.x0
         x_m = x0 if clean else landed

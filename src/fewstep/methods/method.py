@@ -183,6 +183,14 @@ class Method(ABC):
         """
         return False
 
+    @property
+    def against_per_step(self) -> tuple[str, str, str] | None:
+        """The setting that keeps steps from having weights of their own.
+
+        Its option, its value and the cure; None where they may. See `per_step`.
+        """
+        return "name", self.name, "set it to tdm or another method of distribution matching"
+
     def times(self, schedule: Schedule, steps: int | None = None) -> Tensor:
         """Return the student's time grid `[K + 1]` for a step count.
 
@@ -259,17 +267,18 @@ def student_of(
     steps: int | None = None,
     guidance: float | None = None,
     always: bool = False,
-    noisy: Tensor | None = None,
+    step: Tensor | None = None,
 ) -> Denoise:
     """Return the student's denoiser as the method samples the student.
 
-    The student is conditioned on a step count or guidance scale (default: the first). `always`, `noisy`: see
-    `core.solvers.with_analytic_first_step`.
+    The student is conditioned on a step count or guidance scale (default: the first). `always`: see
+    `core.solvers.with_analytic_first_step`. `step` [B] or [1] on the CPU is the step of each sample, 0 at pure noise,
+    for a caller who knows: a device need not be asked.
     """
-    denoise = roles.denoise("student", cond, steps if method.condition_on == "steps" else guidance)
+    denoise = roles.denoise("student", cond, steps if method.condition_on == "steps" else guidance, step)
     if not method.analytic_first_step:
         return denoise
-    return with_analytic_first_step(denoise, roles.backbone.schedule, always, noisy)
+    return with_analytic_first_step(denoise, roles.backbone.schedule, always, None if step is None else step == 0)
 
 
 def require_analytic_first_step(method: Method) -> None:

@@ -100,8 +100,8 @@ def imitate(
     states, known, cond = walk.states, walk.times, walk.cond
     x = states[:, 0]
     history = SolverHistory(x / schedule.start_std)
-    for start, end in pairwise(method.times(schedule, count)):
-        student = student_of(method, roles, cond, count, noisy=start >= schedule.t_max)
+    for k, (start, end) in enumerate(pairwise(method.times(schedule, count))):
+        student = student_of(method, roles, cond, count, step=torch.tensor([k]))
         t, t_next = at_time(start, x), at_time(end, x)
         landed, done = step(solver, schedule, student(x, t), t, t_next, history, roles.head)
         goal = states[:, int((known - end).abs().argmin())]

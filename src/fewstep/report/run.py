@@ -110,7 +110,8 @@ def made(run: Path, recipe: Mapping[str, Any], iteration: int) -> list[tuple[str
     ]
     if card:
         trained = {"lora": f"LoRA of rank {card.rank}, for strength 1.0", "full": "all weights of the network"}
-        head = f", and a {card.head} head" if card.head else ""
+        each = ", for each step" * card.per_step
+        head = f"{each}, and a {card.head} head" if card.head else each
         facts.append(
             (
                 "Trained",

@@ -26,6 +26,7 @@ from ..words import speaks_python
 from . import adapters, sharding, step_condition
 from .checkpointing import checkpoint_blocks
 from .discriminator import Discriminator, features, make_discriminator
+from .per_step import by_step, step_name
 from .quantized import Kind, quantize, weight_count
 from .step_condition import StepCondition
 
@@ -48,6 +49,10 @@ class RolesConfig:
 
     lora: bool = True
     """Train LoRA adapters on one copy of the weights; otherwise full copies, all weights trained."""
+
+    per_step: bool = False
+    """Train weights of its own for each of the student's steps, K LoRAs or K copies (Z-Image Turbo++, arXiv 2606.12575;
+    one expert for each phase in Phased DMD, arXiv 2510.27684): the memory of K students, the time of one."""
 
     rank: Annotated[int, Range(0, LARGEST_RANK, hint=" (0: no LoRA); 32 is a good start")] = 32
     """Rank of the LoRA; 0 trains a head alone."""
@@ -77,6 +82,11 @@ class RolesConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "roles")
+        if self.per_step and self.lora and not self.rank:
+            raise ValueError(
+                "roles.per_step: got true with roles.rank=0, which trains a head alone; set it to false, or choose a "
+                "rank from 1, e.g. 32"
+            )
         if self.quantize is not None and not self.lora:
             raise ValueError(
                 f"roles.quantize: got {self.quantize}, which is for weights that stay as they are; "
@@ -115,7 +125,7 @@ class Roles:
     """
 
     backbone: Backbone
-    networks: Mapping[Role, nn.Module]
+    networks: Mapping[str, nn.Module]  # by role, and by `step_name` where each step has weights of its own
     # student, fake and, where there is one, a reward's surrogate and a discriminator -> name -> parameter
     trained: dict[Role, Mapping[str, nn.Parameter]]
     layers: tuple[LoraLayer, ...]  # empty for full copies
@@ -123,7 +133,7 @@ class Roles:
     average: dict[str, Tensor] = field(default_factory=dict)  # EMA of the student, by parameter name
     # Step counts or guidance scales that student and fake score are conditioned on; usually none.
     condition_values: tuple[float, ...] = ()
-    conditions: Mapping[Role, StepCondition] = field(default_factory=dict)
+    conditions: Mapping[str, StepCondition] = field(default_factory=dict)
     discriminator: Discriminator | None = None
     # The score of images [B, 3, H, W] in [0, 1] and prompts that the student is to raise: [B].
     reward: Callable[[Tensor, Sequence[str]], Tensor] | None = None
@@ -133,17 +143,46 @@ class Roles:
     embedded_guidance: float | None = None
     # The copies are meta tensors until they are sharded, when they become copies of the teacher's parts.
     on_meta: bool = False
-    # The role that the shared network serves, and the condition's vector.
-    active: list[tuple[Role, Tensor | None]] = field(default_factory=lambda: [("teacher", None)])
+    # The student's grid [K + 1] where each step has weights of its own; None: one set serves all steps.
+    step_times: Tensor | None = None
+    # The role (or the step's name) that the shared network serves, and the condition's vector.
+    active: list[tuple[str, Tensor | None]] = field(default_factory=lambda: [("teacher", None)])
     averaging: list[bool] = field(default_factory=list)  # holds something while the student has its averaged weights
 
-    def denoise(self, role: Role, cond: Cond, condition: float | None = None) -> Denoise:
+    @property
+    def step_names(self) -> list[str]:
+        """The names of the student's sets of weights, usually one."""
+        return [step_name("student", k) for k in range(1 if self.step_times is None else len(self.step_times) - 1)]
+
+    @property
+    def served(self) -> dict[str, Mapping[str, nn.Parameter]]:
+        """What is trained, by the name under which a network serves it."""
+        others = {str(role): own for role, own in self.trained.items()}
+        return {**others, **{name: self._own(name) for name in self.step_names}}
+
+    def _own(self, name: str) -> Mapping[str, nn.Parameter]:
+        """Return the student's parameters of one step."""
+        trained = self.trained["student"]
+        if self.step_times is None:
+            return trained
+        if not self.config.lora:
+            return {n: p for n, p in trained.items() if n.startswith(f"{name}.")}
+        return {n: p for n, p in trained.items() if f".{name}." in n}
+
+    def denoise(self, role: Role, cond: Cond, condition: float | None = None, step: Tensor | None = None) -> Denoise:
         """Return the denoiser of a role, without guidance.
 
         A role with `condition_values` is conditioned on the step count or guidance scale `condition`
-        (default: the first value).
+        (default: the first value). A student with weights of its own for each step has those of each sample's `step`,
+        [B] or [1] on the CPU, or else those of its time.
         """
+        if role == "student" and self.step_times is not None:
+            return by_step(self._denoise_own, self.told(cond), self.step_times, step)
         return self._as(role, denoiser(self.backbone, self.networks[role], self.told(cond)), condition)
+
+    def _denoise_own(self, step: int, cond: Cond) -> Denoise:
+        name = self.step_names[step]
+        return self._as("student", denoiser(self.backbone, self.networks[name], cond), name=name)
 
     def told(self, cond: Cond) -> Cond:
         """Return conditions with the run's guidance scale.
@@ -167,9 +206,9 @@ class Roles:
         finally:
             self.activate("teacher")
 
-    def _as(self, role: Role, inner: Denoise, condition: float | None = None) -> Denoise:
+    def _as(self, role: Role, inner: Denoise, condition: float | None = None, name: str = "") -> Denoise:
         def denoise(x: Tensor, t: Tensor) -> Split:
-            self.activate(role, condition)
+            self.activate(role, condition, name)
             try:
                 return inner(x, t)
             finally:
@@ -177,20 +216,20 @@ class Roles:
 
         return denoise
 
-    def activate(self, role: Role, condition: float | None = None) -> None:
+    def activate(self, role: Role, condition: float | None = None, name: str = "") -> None:
         """Make the shared network serve a role.
 
         The network serves the role, conditioned on a step count or guidance scale, until another role is
-        activated. Between two calls of a role the network is the teacher, so other users of the backbone find
-        the teacher.
+        activated. `name` is that of a set of its weights, where it has several. Between two calls of a role the
+        network is the teacher, so other users of the backbone find the teacher.
         """
         vector = None
         if self.condition_values and role != "teacher":
             table = self.trained[role][CONDITION]
             vector = step_condition.vector(self.condition_values, table, condition or self.condition_values[0])
-        self._serve((role, vector))
+        self._serve((name or role, vector))
 
-    def _serve(self, who: tuple[Role, Tensor | None]) -> None:
+    def _serve(self, who: tuple[str, Tensor | None]) -> None:
         """Make the shared network serve a role again.
 
         The time is the same for any network.
@@ -254,6 +293,11 @@ class Roles:
         another student before sharding, not afterwards. Raises ValueError for a quantized base, whose codes
         every process would hold.
         """
+        if self.step_times is not None:
+            raise ValueError(
+                "train.shard: got true, but roles.per_step=true has a process call the weights of its own samples' "
+                "steps, and sharded weights need all processes; set one of them to false"
+            )
         if self.config.quantize is not None:
             raise ValueError(
                 f"train.shard: got true, but roles.quantize={self.config.quantize} is not spread; "
@@ -296,16 +340,32 @@ class Roles:
                 [self.average[name] for name in trained], [p.detach().float() for p in trained.values()], 1 - decay
             )
 
-    def start_from(self, state: Mapping[str, Tensor], vectors: Mapping[float, Tensor] = MappingProxyType({})) -> None:
+    def start_from(
+        self,
+        state: Mapping[str, Tensor],
+        vectors: Mapping[float, Tensor] = MappingProxyType({}),
+        later: Sequence[Mapping[str, Tensor]] = (),
+    ) -> None:
         """Initialize student and average from another student.
 
         `state` is the other student's LoRA in PEFT's file format, or the whole network. `vectors` are the
         condition vectors of each step count or scale, which `state` must not contain; without `vectors` the
-        condition starts at zero, the same for all values. Raises ValueError if the state does not fit.
+        condition starts at zero, the same for all values. Where each step has weights of its own, all steps start from
+        `state`, or the later ones from theirs. Raises ValueError if the state does not fit.
         """
-        network = self.networks["student"]
+        states = [state, *later] if later else [state] * len(self.step_names)
+        for name, own in zip(self.step_names, states, strict=True):
+            self._load(name, own)
+        if vectors:
+            step_condition.put(self.trained["student"][CONDITION], [vectors[k] for k in self.condition_values])
+        for name, p in self.trained["student"].items():
+            self.average[name].copy_(p.detach())
+
+    def _load(self, name: str, state: Mapping[str, Tensor]) -> None:
+        """Load one set of the student's weights."""
+        network = self.networks[name]
         if self.config.lora:
-            adapters.load_adapter(network, "student", adapters.scaled(state, 1 / self.config.scale))
+            adapters.load_adapter(network, name, adapters.scaled(state, 1 / self.config.scale))
         else:
             own = network.state_dict()
             if odd := sorted(
@@ -316,10 +376,6 @@ class Roles:
                     "start from a student of the same base"
                 )
             network.load_state_dict(state)
-        if vectors:
-            step_condition.put(self.trained["student"][CONDITION], [vectors[k] for k in self.condition_values])
-        for name, p in self.trained["student"].items():
-            self.average[name].copy_(p.detach())
 
     def keep_average_as_fake(self) -> None:
         """Copy the student's current average into the fake score.
@@ -356,18 +412,20 @@ class Roles:
         finally:
             self.averaging.clear()
 
-    def student_state(self) -> dict[str, Tensor]:
+    def student_state(self, step: int = 0) -> dict[str, Tensor]:
         """Return the student's current weights, without the step condition.
 
         The weights are a LoRA in PEFT's file format, or the whole network. A LoRA's scale is part of the
-        weights, so the LoRA is right at strength 1.0 also where alpha is not read.
+        weights, so the LoRA is right at strength 1.0 also where alpha is not read. Where each step has weights of its
+        own, they are those of `step`, from 0.
         """
-        network = self.networks["student"]
+        name = self.step_names[step]
+        network = self.networks[name]
         if self.config.lora and not self.config.rank:
             return {}
         state = network.state_dict()
         if self.config.lora:
-            state = adapters.scaled(adapters.adapter_state(network, "student"), self.config.scale)
+            state = adapters.scaled(adapters.adapter_state(network, name), self.config.scale)
         return {k: v.detach().cpu().clone() for k, v in state.items()}
 
 
@@ -413,6 +471,7 @@ def make_roles(
     head_to_absorb: nn.Module | None = None,
     on_meta: bool = False,
     surrogate: bool = False,
+    step_times: Tensor | None = None,
 ) -> Roles:
     """Return a student and a `fake` score that equal the teacher.
 
@@ -421,7 +480,8 @@ def make_roles(
 
     `gan_step_counts` makes a discriminator of students of these step counts. `head` becomes part of the
     student; without LoRA (rank 0) the head is all that is trained. `head_to_absorb`, a head that the student
-    learns to do without, stays unchanged. A `surrogate` of a reward equals the teacher, too.
+    learns to do without, stays unchanged. A `surrogate` of a reward equals the teacher, too. With the student's grid
+    `step_times [K + 1]` the student has weights of its own for each of the K steps, which are equal at first.
 
     Shared: the backbone's own module gets two adapters without effect, and the base weights stay frozen.
     Adapters of an earlier run on the same backbone are removed, and `config.quantize` quantizes the base
@@ -434,6 +494,8 @@ def make_roles(
     quantize(backbone, config.quantize)
     set_checkpointing(backbone.module, None)
     base = backbone.module.requires_grad_(False).eval()
+    steps = [step_name("student", k) for k in range(1 if step_times is None else len(step_times) - 1)]
+    assert step_times is None or (head is None and head_to_absorb is None and not condition_values)
     made: tuple[Role, ...] = (*(TRAINED if fake else TRAINED[:1]), *((SURROGATE,) if surrogate else ()))
     if config.lora and not config.rank and (fake or head is None):
         raise ValueError("roles.rank: got 0, which trains a head alone; choose a rank from 1, e.g. 32")
@@ -441,10 +503,14 @@ def make_roles(
         width = step_condition.width(base, backbone.time_layer)
     if not config.lora:
         _require_single(base)
-        networks: dict[Role, nn.Module] = {"teacher": base, **{r: copied(base, on_meta) for r in made}}
+        networks = {"teacher": base, **{r: copied(base, on_meta) for r in (*made, *steps[1:])}}
         trained: dict[Role, Mapping[str, nn.Parameter]] = {
             r: {n: p for n, p in networks[r].named_parameters() if p.is_floating_point()} for r in made
         }
+        if step_times is not None:
+            trained["student"] = {
+                f"{s}.{n}": p for s in steps for n, p in networks[s].named_parameters() if p.is_floating_point()
+            }
         for p in (p for own in trained.values() for p in own.values()):
             p.requires_grad_(True)
         layers: tuple[LoraLayer, ...] = ()
@@ -455,14 +521,17 @@ def make_roles(
                 base, config.targets, (*config.exclude, *([backbone.time_layer] if condition_values else []))
             )
             for i, role in enumerate(made):
-                adapters.add_adapter(base, role, config.rank, config.alpha or config.rank, names, seed + i)
-        networks = {"teacher": base, **dict.fromkeys(made, base)}
+                for name in steps if role == "student" else [role]:
+                    adapters.add_adapter(base, name, config.rank, config.alpha or config.rank, names, seed + i)
+        networks = {"teacher": base, **dict.fromkeys((*made, *steps[1:]), base)}
         layers = tuple(adapters.adapter_layers(base))
         trained = {r: adapters.adapter_parameters(base, r) if config.rank else {} for r in made}
+        for name in steps[1:]:
+            trained["student"] = {**trained["student"], **adapters.adapter_parameters(base, name)}
         for parameters in trained.values():
             for p in parameters.values():
                 p.requires_grad_(True)
-    conditions: dict[Role, StepCondition] = {}
+    conditions: dict[str, StepCondition] = {}
     device = next(base.parameters()).device
     device = torch.device("cpu") if device.type == "meta" else device
     if condition_values:
@@ -498,6 +567,7 @@ def make_roles(
         head=head,
         head_to_absorb=head_to_absorb,
         on_meta=on_meta and not config.lora,
+        step_times=step_times,
     )
     roles.activate("teacher")
     for network in {id(n): n for n in networks.values()}.values() if config.checkpointing else ():

@@ -15,11 +15,12 @@ from ..backbones.modules import dtype_of
 from ..data.trajectories import Trajectories
 from ..heads.head import Head, facts_of, kind_of, make_head, require_steps, unknown
 from ..methods.method import Method, require_initial_student
+from ..methods.per_step import require_per_step
 from ..roles.adapters import plain_layers
 from ..roles.roles import Roles, RolesConfig, make_roles
 from ..student.base import require_own
 from ..student.card import StudentCard
-from ..student.folder import read_card, read_head, read_lora, read_parts
+from ..student.folder import read_card, read_head, read_lora, read_parts, step_folders
 from . import foreign
 from .foreign import is_foreign, require_fitting
 
@@ -47,7 +48,10 @@ def roles_for(
         raise ValueError(
             "dtype: got float16, whose range loses the gradients of a training; load the teacher in bfloat16 or float32"
         )
+    require_per_step(method, config)
     head = _head(method, teacher, seed, paths, init_from)
+    if config.per_step:
+        _require_one_network(teacher, head)
     gan_step_counts = method.counts if method.needs.adversary else ()
     # A head alone sees the times themselves and needs no condition.
     values = method.condition_values if config.rank or not config.lora else ()
@@ -59,7 +63,7 @@ def roles_for(
         )
     roles = make_roles(
         teacher, config, seed, values, gan_step_counts, kept, method.needs.fake, to_absorb, on_meta,
-        method.needs.surrogate,
+        method.needs.surrogate, method.times(teacher.schedule) if config.per_step else None,
     )  # fmt: skip
     roles = replace(roles, embedded_guidance=method.guidance.scale)
     if init_from is not None and is_foreign(init_from):
@@ -67,6 +71,23 @@ def roles_for(
     elif init_from is not None:
         initialize(roles, init_from)
     return roles
+
+
+def _require_one_network(teacher: Backbone, head: Head | None) -> None:
+    """Check that steps can have weights of their own.
+
+    Raises ValueError for a pair of networks, and for a head.
+    """
+    if isinstance(teacher.module, Experts):
+        raise ValueError(
+            f"roles.per_step: got true, but {teacher.name} has two networks already, each for a part of the times; "
+            "set it to false"
+        )
+    if head is not None:
+        raise ValueError(
+            "roles.per_step: got true for a student that begins with a head, which looks at all steps; "
+            "set method.init_head=drop, or roles.per_step=false"
+        )
 
 
 def _head(
@@ -118,7 +139,8 @@ def require_same_lora(teacher: Backbone, folder: Path, config: RolesConfig) -> N
     _require_kind(card, folder, config)
     if card.weights != "lora":
         return
-    state, known = read_lora(folder, isinstance(teacher.module, Experts)), plain_layers(teacher.module)
+    place = step_folders(folder, card)[0]
+    state, known = read_lora(place, isinstance(teacher.module, Experts)), plain_layers(teacher.module)
     layers = {k.rsplit(".lora_", 1)[0]: v for k, v in state.items() if ".lora_A" in k}
     if missing := sorted(n for n in layers if n not in known):
         raise ValueError(
@@ -136,6 +158,11 @@ def _require_kind(card: StudentCard, folder: Path, config: RolesConfig) -> None:
             f"init_from: {folder} is a student of weights {card.weights}; "
             f"set roles.lora={str(card.weights != 'full').lower()}"
         )
+    if card.per_step and not config.per_step:
+        raise ValueError(
+            f"init_from: {folder} is a student with weights of its own for each of its {card.steps[0]} steps; "
+            "set roles.per_step=true"
+        )
 
 
 def initialize(roles: Roles, folder: Path) -> None:
@@ -152,9 +179,14 @@ def initialize(roles: Roles, folder: Path) -> None:
     values = card.condition_values if parts.vectors else ()
     carries = layer and not parts.vectors and any(k.startswith(f"{layer}.lora_") for k in parts.lora or {})
     check_conditioning(str(folder), values, roles.condition_values, layer if carries else "")
-    state = parts.lora if parts.network is None else parts.network.state_dict()
-    assert state is not None
-    roles.start_from(state, parts.vectors)
+    states = [p.lora if p.network is None else p.network.state_dict() for p in (parts, *parts.later)]
+    if card.per_step and len(states) != len(roles.step_names):
+        raise ValueError(
+            f"init_from: {folder} has weights for {len(states)} steps, this student is to have them for "
+            f"{len(roles.step_names)}; set method.steps={len(states)}"
+        )
+    state, *later = [state for state in states if state is not None]
+    roles.start_from(state, parts.vectors, later)
 
 
 def check_conditioning(student: str, values: tuple[float, ...], wanted: tuple[float, ...], lora_on: str = "") -> None:

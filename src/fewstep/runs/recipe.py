@@ -32,6 +32,7 @@ from ..core.guidance import Guidance
 from ..data.teacher_images import TEACHER_IMAGES, TEACHER_STEPS
 from ..heads.head import KINDS, require_steps
 from ..methods.method import Method, require_initial_student
+from ..methods.per_step import require_per_step
 from ..methods.presets import METHODS, PRESETS, require_roles
 from ..names import expanded, require_name
 from ..reading import reason, text_in, unreadable
@@ -341,6 +342,7 @@ class DistillRecipe(Strict):
             *([(self.warm_start.method, self.warm_start.train)] if self.warm_start is not None else []),
         ):
             require_roles(method.name, self.roles)
+            require_per_step(method, self.roles, train.shard)
             require_updates(method, train.iterations)
             require_groups(method, train.batch)
             require_reward(method, None)

@@ -56,14 +56,18 @@ def trial_of(teacher: Backbone, method: Method, networks: RolesConfig, config: T
         apart(teacher), method, replace(networks, lora=True, rank=1, alpha=None) if full else networks, config.seed
     )
     rng = torch.Generator().manual_seed(config.seed)
-    lora = {n: torch.randn(v.shape, generator=rng).to(v) * CHANGE for n, v in roles.student_state().items()}
+    lora, *later = [
+        {n: torch.randn(v.shape, generator=rng).to(v) * CHANGE for n, v in roles.student_state(k).items()}
+        for k in range(len(roles.step_names))
+    ]
     vectors = {k: torch.randn(v.shape, generator=rng) * CHANGE for k, v in roles.vectors().items()}
     card = student_card(roles, method, origin)
     card = replace(card, weights="full", rank=None, alpha=None) if full else card
     # A LoRA is written under two names.
-    weights = module_bytes(teacher.module) if full else 2 * storage_bytes(*lora.values())
-    disk = (config.keep + 1) * _checkpoint(roles, config, weights if full else 0) + STUDENTS * weights
-    return Trial(Student.from_parts(Parts(card, lora, {}, None, vectors, roles.head), teacher), disk)
+    weights, sets = module_bytes(teacher.module) if full else 2 * storage_bytes(*lora.values()), 1 + len(later)
+    disk = (config.keep + 1) * _checkpoint(roles, config, weights if full else 0) + STUDENTS * sets * weights
+    each = [Parts(card, own) for own in later]
+    return Trial(Student.from_parts(Parts(card, lora, {}, None, vectors, roles.head, each), teacher), disk)
 
 
 def _checkpoint(roles: Roles, config: TrainConfig, copy: int) -> int:
@@ -73,8 +77,9 @@ def _checkpoint(roles: Roles, config: TrainConfig, copy: int) -> int:
     of a network where full copies are trained, else 0.
     """
     if copy:
-        moments = 0.5 if config.optimizer == "adamw8bit" else 2
-        return int(copy * (1 + sum(role in roles.trained for role in (*TRAINED, SURROGATE)) * (1 + moments)))
+        moments, sets = 0.5 if config.optimizer == "adamw8bit" else 2, len(roles.step_names)
+        trained = sum(role in roles.trained for role in (*TRAINED, SURROGATE)) + sets - 1
+        return int(copy * (sets + trained * (1 + moments)))
     return checkpoint_bytes(roles, config.optimizer)
 
 

@@ -4,7 +4,7 @@ The card lies next to the student's weights and is versioned. No other file is a
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,8 @@ class StudentCard:
     files: dict[str, str] = field(default_factory=dict)
     # The layer that conditions the student on one of `condition_values`; empty for a student without conditions.
     time_layer: str = ""
+    # Whether each step has weights of its own, in a folder for each; see `folder.step_folders`.
+    per_step: bool = False
     # The class of a network of one's own, which a file cannot bring; empty for pipelines. The fields below
     # describe such a network.
     own_network: str = ""
@@ -81,6 +83,14 @@ def card_nfe(card: StudentCard, steps: int) -> int:
     A head costs none, and neither does an analytic first step.
     """
     return total_nfe(steps, analytic=card.analytic_first_step)
+
+
+def step_card(card: StudentCard, step: int) -> StudentCard:
+    """Return the card of one step's weights, from 0.
+
+    Where each step has weights of its own, its name says which step's they are: `NAME-step1of4`.
+    """
+    return replace(card, name=f"{card.name}-step{step + 1}of{card.steps[0]}") if card.per_step else card
 
 
 def first_times(card: StudentCard) -> Tensor:
@@ -143,6 +153,17 @@ def require_sound(card: StudentCard) -> None:
             all(math.isfinite(w) for w in card.guidance_scales)
             and len(set(card.guidance_scales)) == len(card.guidance_scales),
             "different finite numbers",
+        ),
+        (
+            "per_step",
+            not card.per_step
+            or (
+                len(card.steps) == 1
+                and card.steps[0] > 1
+                and card.weights != "none"
+                and not (card.head or card.analytic_first_step or card.time_layer or card.guidance_scales)
+            ),
+            "true for weights of one step count from 2, without head, condition and analytic first step",
         ),
         ("size", sound_size(card.size), "whole numbers from 0, or width, height and frames such as 832x480x81"),
         ("shape", all(n > 0 for n in card.shape), "whole numbers from 1"),

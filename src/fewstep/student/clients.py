@@ -13,7 +13,7 @@ from ..backbones.few_step import PipelineInfo
 from ..backbones.layouts import shift_first
 from ..core.schedule import Schedule
 from ..core.solvers import SOLVERS
-from .card import StudentCard
+from .card import StudentCard, step_card
 from .comfyui import TABLE, checkpoint_name, foreign, gap, obstacle
 from .headers import kohya_header, own_header
 from .kohya import kohya, native, renamed
@@ -102,6 +102,14 @@ def other_programs(
         if info.family.comfyui_latent or info.comfyui is not None
         else "diffusers"
     )
+    if card.per_step:
+        last = client_file(step_card(card, card.steps[0] - 1), info)
+        rows = [
+            f"`{file}` to `{last}` are the LoRAs of its steps, under the names that {readers} read. Each is for its "
+            f"own step: strength 1.0, {plural_of(card.steps[0])}, CFG 1, no negative prompt.",
+            _comfyui(card, info, schedule, config, folder),
+        ]
+        return "\n## Other programs\n\n" + "\n".join(f"- {row}" for row in rows) + "\n"
     named = f"`{file}`, with `{pair_files(card)[1]}` for the second network," if info.boundary else f"`{file}`"
     rows = [
         f"{named} is this LoRA under the names that {readers} read. "
@@ -126,7 +134,7 @@ def _comfyui(card: StudentCard, info: PipelineInfo, schedule: Schedule, config: 
     """Return what to do in ComfyUI, or why nothing can be done."""
     name = checkpoint_name(card.base)
     if why := obstacle(card, info.family, schedule, config, info.comfyui):
-        cured = bool(info.family.kohya) and not name
+        cured = bool(info.family.kohya) and not name and not card.per_step
         cure = (
             f" `fewstep export {folder} OUT --base FILE.safetensors` writes one for the checkpoint that you have."
             if cured

@@ -137,6 +137,8 @@ def obstacle(
         return f"it has no sampler like this student's ({own})"
     if card.weights != "lora":
         return "the student is no LoRA"
+    if card.per_step:
+        return "each step has a LoRA of its own, and needs a sampler of its own (KSampler Advanced)"
     if why := foreign(schedule, config):
         return why
     base = source_of(card.base)

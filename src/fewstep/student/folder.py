@@ -44,7 +44,7 @@ from ..reading import object_in, reading
 from ..roles.step_condition import unfold, width, without_fold
 from ..tensors import read_tensors, require_floating
 from ..typed import shown, typed
-from .card import FORMAT, StudentCard, first_times, from_format_1, require_sound
+from .card import FORMAT, StudentCard, first_times, from_format_1, require_sound, step_card
 from .clients import client_file, other_programs, pair_files, write_client_file
 from .comfyui import workflow
 from .headers import own_header
@@ -66,6 +66,7 @@ PARTS_OF_STUDENT = ("peft", SCHEDULER, "unet", *PARTS)  # its subfolders, beside
 KINDS_OF_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja")  # in them
 CURVE = "curve."  # prefix of a head's curve in the head's file
 AGAIN = "export the run again"
+STEP = "step_"  # and a number from 1: the subfolder of a step with weights of its own
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class Parts:
     network: nn.Module | None = None  # of a student with weights of its own
     vectors: Mapping[float, Tensor] = field(default_factory=dict)  # by condition value, for the time embedding
     head: nn.Module | None = None
+    # What each step after the first has, where each has weights of its own: LoRA, settings and network alone.
+    later: Sequence["Parts"] = ()
 
 
 def find_folder(source: str | Path) -> Path | None:
@@ -155,6 +158,14 @@ def lora_path(folder: Path) -> Path:
     return folder / LORA_FILE
 
 
+def step_folders(folder: Path, card: StudentCard) -> list[Path]:
+    """Return where each set of a student's weights is.
+
+    `step_1`, `step_2` and so on where each step has weights of its own, and otherwise the folder itself.
+    """
+    return [folder / f"{STEP}{k}" for k in range(1, card.steps[0] + 1)] if card.per_step else [folder]
+
+
 def scheduler_path(folder: Path) -> Path:
     """Return where a student's scheduler is."""
     return folder / SCHEDULER
@@ -192,6 +203,9 @@ def read_parts(folder: Path, backbone: Backbone) -> Parts:
     Raises ValueError for a file that is missing, damaged, changed or another student's.
     """
     card, module = read_card(folder), backbone.module
+    if card.per_step:
+        first, *later = [_read_step(card, place, backbone) for place in step_folders(folder, card)]
+        return replace(first, later=later)
     vectors = read_vectors(folder, card, module) if card.time_layer else {}
     head = read_head(folder, backbone.schedule) if card.head else None
     if card.weights == "lora":
@@ -206,6 +220,14 @@ def read_parts(folder: Path, backbone: Backbone) -> Parts:
     return Parts(card, network=network, vectors=vectors, head=head)
 
 
+def _read_step(card: StudentCard, place: Path, backbone: Backbone) -> Parts:
+    """Read the weights of one step, in a folder of their own."""
+    if card.weights == "lora":
+        return Parts(card, read_lora(place))
+    require_listed(place.parent, place.name)
+    return Parts(card, network=load_network(place, backbone.module))
+
+
 def read_lora(folder: Path, pair: bool = False) -> dict[str, Tensor]:
     """Read a student's LoRA in PEFT's file format.
 
@@ -215,12 +237,22 @@ def read_lora(folder: Path, pair: bool = False) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     first = lora_path(folder)
     for path, part in zip((first, second_file(first)), PARTS, strict=True) if pair else [(first, "")]:
-        require_listed(folder, path.name)
+        require_listed(*_listed(path))
         with reading(f"student: {path}", AGAIN, "is missing or damaged"):
             state = require_floating(read_tensors(path))
         start = f"{part}." if part else ""
         found |= {start + k.removeprefix("unet.").removeprefix("transformer."): v for k, v in state.items()}
     return found
+
+
+def _listed(path: Path) -> tuple[Path, str]:
+    """Return where a weight file is listed.
+
+    Returns the folder with the card, and the file's place in it.
+    """
+    of_step = not holds_student(path.parent) and holds_student(path.parent.parent)
+    folder = path.parent.parent if of_step else path.parent
+    return folder, path.relative_to(folder).as_posix()
 
 
 def read_vectors(folder: Path, card: StudentCard, network: nn.Module) -> dict[float, Tensor]:
@@ -284,7 +316,8 @@ def write_parts(folder: Path, backbone: Backbone, parts: Parts) -> Path:
     """
     card = parts.card
     if card.weights == "lora":
-        require_change(parts.lora or {})
+        each = [part.lora or {} for part in (parts, *parts.later)]
+        require_change({f"{k}.{n}" if parts.later else n: v for k, own in enumerate(each) for n, v in own.items()})
     if os.path.lexists(folder) and not holds_student(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise OSError(
             f"cannot write {folder}: what is there is no student; "
@@ -330,19 +363,16 @@ def _write_files(folder: Path, name: str, backbone: Backbone, parts: Parts) -> N
     """
     card = parts.card
     schedule, config = backbone.schedule, backbone.scheduler_config
-    if parts.network is not None:
-        save_network(folder, parts.network)
-    if card.weights == "lora":
-        lora = parts.lora or {}
-        save_lora(lora_path(folder), backbone.module, lora, parts.settings, own_header(card))
-        if not card.own_network:
-            info = pipeline_info(pipeline_of(backbone))
-            file = write_client_file(folder, lora_path(folder), backbone.module, card, info, lora, backbone.image_size)
-            drawn_size = backbone.drawn_size if isinstance(backbone, DiffusersBackbone) else 0
-            other = pair_files(card)[1] if info.boundary else ""
-            graph = workflow(card, info.family, file, drawn_size, schedule, config, info.comfyui, info.boundary, other)
-            if graph is not None:
-                write_json(folder / WORKFLOW, graph)
+    for k, (place, own) in enumerate(zip(step_folders(folder, card), (parts, *parts.later), strict=True)):
+        place.mkdir(exist_ok=True)
+        _write_weights(folder, place, step_card(card, k), backbone, own)
+    if card.weights == "lora" and not card.own_network:
+        info = pipeline_info(pipeline_of(backbone))
+        drawn_size = backbone.drawn_size if isinstance(backbone, DiffusersBackbone) else 0
+        file, other = client_file(card, info), pair_files(card)[1] if info.boundary else ""
+        graph = workflow(card, info.family, file, drawn_size, schedule, config, info.comfyui, info.boundary, other)
+        if graph is not None:
+            write_json(folder / WORKFLOW, graph)
     if parts.head is not None:
         write_head(folder, parts.head)
     if parts.vectors:
@@ -353,6 +383,22 @@ def _write_files(folder: Path, name: str, backbone: Backbone, parts: Parts) -> N
         scheduler.save_pretrained(scheduler_path(folder))
     write_json(folder / FILE, asdict(replace(card, files=weight_hashes(folder))))
     write_text(folder / README, page_of(folder, card, name, backbone))
+
+
+def _write_weights(folder: Path, place: Path, card: StudentCard, backbone: Backbone, parts: Parts) -> None:
+    """Write one set of a student's weights to `place`.
+
+    The LoRA for other programs is next to the card.
+    """
+    if parts.network is not None:
+        save_network(place, parts.network)
+    if card.weights != "lora":
+        return
+    lora = parts.lora or {}
+    save_lora(lora_path(place), backbone.module, lora, parts.settings, own_header(card))
+    if not card.own_network:
+        info = pipeline_info(pipeline_of(backbone))
+        write_client_file(folder, lora_path(place), backbone.module, card, info, lora, backbone.image_size)
 
 
 def times_are_even(card: StudentCard, schedule: Schedule) -> bool:
@@ -372,8 +418,8 @@ def page_of(folder: Path, card: StudentCard, name: str, backbone: Backbone | Non
     schedule, scheduler = backbone.schedule, load_scheduler(scheduler_path(folder))
     alone = visits_alone(backbone.scheduler_config, card.solver[str(card.steps[0])], times_are_even(card, schedule))
     elsewhere, second = "", ""
-    if file := client_file(card, info):
-        own = header(lora_path(folder))
+    if file := client_file(step_card(card, 0), info):
+        own = header(lora_path(step_folders(folder, card)[0]))
         layers = layers_of([k.removeprefix("unet.").removeprefix("transformer.") for k in own])
         elsewhere = other_programs(card, info, schedule, backbone.scheduler_config, file, layers, name)
         second = second_file(lora_path(folder)).name if info.boundary else ""
@@ -402,7 +448,7 @@ def files_for_others(folder: Path, card: StudentCard, page: str) -> tuple[dict[s
     require_listed(folder, *card.files)
     with reading(f"student: {folder / INDEX}", AGAIN):
         named = object_in(folder / INDEX) if is_whole_pipeline(folder) else {}
-    parts = {*PARTS_OF_STUDENT, *named}
+    parts = {*PARTS_OF_STUDENT, *named, *(p.name for p in step_folders(folder, card) if card.per_step)}
     first = lora_path(folder)
     own = (first.name, second_file(first).name, CONDITION_FILE, HEAD_FILE, NETWORK_FILE)  # old cards list no files
     found: dict[str, Path | bytes] = {}

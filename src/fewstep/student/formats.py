@@ -23,12 +23,13 @@ from ..backbones.load import load_teacher, pipeline_of
 from ..backbones.modules import coarsest, dtype_of, seen_dtypes
 from ..backbones.parts import DiffusersBackbone
 from ..backbones.schedulers import load_scheduler, visits_alone
+from ..backbones.step_switch import switch_by_time, times_told
 from ..backbones.unconditional import PixelModel, drawn_pixels, pixel_pipeline, save_pixel_pipeline
 from ..core import timegrid
 from ..core.solvers import SOLVERS
 from ..roles.adapters import remove_adapters
 from ..roles.roles import TRAINED
-from .card import StudentCard
+from .card import StudentCard, first_times, step_card
 from .folder import README, page_of, scheduler_path, seal
 from .student import Student
 
@@ -78,6 +79,12 @@ def export(student: Student, out: Path, form: str, dtype: torch.dtype | None = N
     if own_network and not how.own:
         allowed = ", ".join(name for name, known in FORMATS.items() if known.own)
         raise ValueError(f"--format: got {form}, which {how.elsewhere}; of a network of one's own there are {allowed}")
+    if student.card.per_step and how.whole:
+        allowed = ", ".join(name for name, known in FORMATS.items() if not known.whole)
+        raise ValueError(
+            f"--format: got {form}, which is one network, and each step of this student has weights of its own; "
+            f"allowed are {allowed}: run fewstep export STUDENT {out} --format student"
+        )
     if os.path.lexists(out):
         raise ValueError(f"DIR: {out} is there already; choose another folder")
     kept = dtype or getattr(torch, student.card.dtype)
@@ -137,7 +144,8 @@ def write_student(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
 def write_kohya(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
     """Write a folder like `final/`, and sample from kohya's file.
 
-    diffusers loads the LoRA under kohya's names on a fresh base.
+    diffusers loads the LoRA under kohya's names on a fresh base; where each step has weights of its own, the files of
+    all steps.
     """
     pipe = pipeline_of(student.backbone)
     _require_stock(student.card)
@@ -152,11 +160,15 @@ def write_kohya(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
         )
     _require_times(student)
     student.write(out)
-    (file,) = out.glob("*-kohya.safetensors")
+    files = [f"{step_card(student.card, k).name}-kohya.safetensors" for k in range(1 + len(student.later))]
     bare = copy.deepcopy(student.network)
     remove_adapters(bare, TRAINED)
     fresh = with_network(pipe, bare, load_scheduler(scheduler_path(out)), type(pipe))
-    fresh.load_lora_weights(str(out), weight_name=file.name)
+    for k, file in enumerate(files):
+        fresh.load_lora_weights(str(out), weight_name=file, adapter_name=f"step_{k + 1}")
+    if student.later:
+        told = times_told(student.backbone, bare, first_times(student.card))
+        switch_by_time(bare, told, lambda k: fresh.set_adapters(f"step_{k + 1}"))
     return drawn_from(fresh, student)
 
 

@@ -65,6 +65,9 @@ def model_card(
         "lora": f"LoRA of rank {card.rank}, alpha {card.alpha or 0:g}; load it at strength 1.0",
         "full": "all weights of the network",
     }.get(card.weights, "those of the base, as they are")
+    if card.per_step:
+        one = f"a LoRA of rank {card.rank}, for strength 1.0" if card.weights == "lora" else "a whole network"
+        kind = f"for each step {one}, in `step_1` to `step_{steps}`"
     base, ours = (
         (f"{info.family.name}.from_pretrained({at})", False) if whole else base_loading(card.base, info.family.name)
     )
@@ -87,7 +90,7 @@ The files alone are the student of {steps} step{"s" if steps > 1 else ""}. fewst
     # A head corrects every step. No stock scheduler has an analytic first step, or the steps of some solvers.
     # Such students need fewstep at hand.
     stock = (even or bool(info.told_by)) and not (
-        card.head or card.analytic_first_step or not SOLVERS[card.solver[str(steps)]].stock
+        card.per_step or card.head or card.analytic_first_step or not SOLVERS[card.solver[str(steps)]].stock
     )
     own = told_times(info.family, shift, card.timesteps[str(steps)][:-1])
     how = f"num_inference_steps={steps}" if even else "".join(f"{k}={list_of(v)}" for k, v in own.items())
@@ -103,12 +106,13 @@ import fewstep
 
 pipe = fewstep.load({home}, {at})
 {result} = pipe("a prompt", generator=torch.Generator().manual_seed(0)).{result}s[0]"""
-    if not info.family.takes_prompts:
+    if not info.family.takes_prompts or (card.per_step and card.weights == "full"):
+        asked_for, end = ("a prompt", "") if info.family.takes_prompts else ("", "  # or names of classes")
         stock, with_fewstep = (
             False,
             f"""import fewstep
 
-images = fewstep.sample(fewstep.load_student({at}), [""])  # or names of classes""",
+images = fewstep.sample(fewstep.load_student({at}), ["{asked_for}"]){end}""",
         )
     head = (
         f"\n| head | {card.head}, in trajp.safetensors: corrects the direction of every step, "
@@ -117,6 +121,8 @@ images = fewstep.sample(fewstep.load_student({at}), [""])  # or names of classes
         else ""
     )
     beyond = "fewstep alone has its solver: in another program its files are another model."
+    if card.per_step:
+        beyond = "fewstep alone changes the weights from step to step: in another program one step's are another model."
     if stock:
         beyond = (
             "With fewstep the settings come from the folder: "

@@ -18,6 +18,10 @@ def own_card(card: StudentCard, folder: str, shown: Shown = PLAIN) -> str:
         "lora": f"LoRA of rank {card.rank}, in PEFT's format in `peft/`",
         "full": "all weights of the network, in `network.safetensors` (its `state_dict`)",
     }.get(card.weights, "those of the base, as they are, with a head in `trajp.safetensors`")
+    if card.per_step:
+        kind = f"for each step {'a' if card.weights == 'lora' else ''} {kind}, in `step_1` to `step_{steps}`".replace(
+            "  ", " "
+        )
     process = f"prediction={card.prediction!r}"
     if card.sigma_data:
         process += f", sigma_data={card.sigma_data:g}"

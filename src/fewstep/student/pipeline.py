@@ -14,6 +14,7 @@ from ..backbones.generate import device_of
 from ..backbones.load import around, at_size, pipeline_of
 from ..backbones.parts import DiffusersBackbone, denoiser_of
 from ..backbones.schedulers import load_scheduler
+from ..backbones.step_switch import switch_by_time, times_told
 from ..backbones.student_scheduler import SamplingSpec, StudentScheduler
 from ..core import timegrid
 from ..core.schedule import Flow, Schedule
@@ -38,6 +39,11 @@ def load(base: Any, student: str | Path) -> FewStepPipeline:
     backbone = at_size(around(pipeline_of(base), card.base), card.size or None)
     pipeline = pipeline_of(backbone)
     require_own(card, backbone, folder)
+    if card.per_step and card.weights == "full":
+        raise ValueError(
+            f"student: {folder} has a whole network for each of its {card.steps[0]} steps, and a pipeline has one; "
+            f"sample it with fewstep.sample(fewstep.load_student({str(folder)!r}), [PROMPT])"
+        )
     parts = read_parts(folder, backbone)
     plain = denoiser_of(pipeline)
     # New modules around the same weights: the LoRA goes on this pipeline, and `base` stays the teacher.
@@ -52,14 +58,21 @@ def load(base: Any, student: str | Path) -> FewStepPipeline:
     told = card.guidance.scale if backbone.embeds_guidance else 1.0
     defaults = SamplingDefaults(card.steps, card.size, card.guidance_scales, told)
     pipe = few_step_pipeline(pipeline, network, scheduler, defaults)
-    if card.weights == "lora" and loads_lora(network) and not isinstance(network, Experts):
+    if card.weights == "lora" and loads_lora(network) and not isinstance(network, Experts) and not card.per_step:
         pipe.load_lora_weights(str(folder), adapter_name=ADAPTER)
         pipe.enable_lora()  # the adapters of a base are off after a training
         if parts.vectors:
             unfold(backbone, network, parts.vectors[card.condition_values[0]], first_times(card), ADAPTER)
     elif card.weights == "lora":
-        assert card.rank is not None and card.alpha is not None and parts.lora is not None
-        attach_adapter(network, parts.lora, card.rank, card.alpha).switch(True)
+        assert card.rank is not None and card.alpha is not None
+        each = [
+            attach_adapter(network, own.lora, card.rank, card.alpha)
+            for own in (parts, *parts.later)
+            if own.lora is not None
+        ]
+        each[0].switch(True)
+        if card.per_step:
+            switch_by_time(network, times_told(backbone, network, first_times(card)), lambda k: each[k].switch(True))
     if parts.vectors:
         vectors, condition = parts.vectors, attach(network, card.time_layer)
 

@@ -29,6 +29,7 @@ from ..names import LONGEST, made_name, require_path
 from ..notebook import as_html, png_of
 from ..roles import step_condition
 from ..roles.adapters import Adapter, attach_adapter, merge, plain_state
+from ..roles.per_step import by_step
 from ..roles.roles import Roles, copied
 from ..roles.step_condition import StepCondition
 from .base import process_of, require_own
@@ -98,6 +99,7 @@ def student_card(roles: Roles, method: Method, origin: Origin) -> StudentCard:
         size=origin.size,
         data=origin.data,
         time_layer=backbone.time_layer if conditioned else "",
+        per_step=roles.step_times is not None,
         own_network=type(backbone.module).__name__ if "shape" in own else "",
         **own,
     )
@@ -123,12 +125,15 @@ class Student:
     # The one condition value that the student is written for; None: the card's first, with all vectors.
     only: float | None = None
     folder: Path | None = None  # where it was read
+    # Of each step after the first the student with its weights, where each step has weights of its own.
+    later: tuple["Student", ...] = ()
 
     def __repr__(self) -> str:
         """Say what a person wants to know: method, base, steps and NFE."""
         card = self.card
         served = ", ".join(f"{k} steps ({card_nfe(card, k)} NFE)" for k in card.steps)
         weights = f"LoRA of rank {card.rank}" if card.weights == "lora" else f"weights: {card.weights}"
+        weights += " for each step" * card.per_step
         return f"Student({card.name}: {card.method} of {card.base}, {served}, {weights})"
 
     def _repr_html_(self) -> str:
@@ -183,7 +188,14 @@ class Student:
 
         The modules are around the weights of `base`.
         """
-        card, backbone, adapter = parts.card, apart(base), None
+        found = Student._on(parts, apart(base), base)
+        later = tuple(Student._on(own, found.backbone, base) for own in parts.later)
+        return replace(found, later=later)
+
+    @staticmethod
+    def _on(parts: Parts, backbone: Backbone, base: Backbone) -> "Student":
+        """Put one set of weights on the student's own modules."""
+        card, adapter = parts.card, None
         network = backbone.module if parts.network is None else parts.network
         if card.weights == "lora":
             assert card.rank is not None and card.alpha is not None and parts.lora is not None
@@ -202,11 +214,20 @@ class Student:
         The student is on the run's own modules, and valid for as long as these stay as they are.
         """
         shared = roles.config.lora and roles.config.rank
-        adapter = Adapter(roles.layers, "student") if shared else None
-        card, network = student_card(roles, method, origin), roles.networks["student"]
-        return Student(
-            card, roles.backbone, network, adapter, roles.vectors(), roles.conditions.get("student"), roles.head
-        )
+        card = student_card(roles, method, origin)
+        found, *later = [
+            Student(
+                card,
+                roles.backbone,
+                roles.networks[name],
+                Adapter(roles.layers, name) if shared else None,
+                roles.vectors(),
+                roles.conditions.get("student"),
+                roles.head,
+            )
+            for name in roles.step_names
+        ]
+        return replace(found, later=tuple(later))
 
     def snapshot(self, base: Backbone) -> "Student":
         """Copy the student onto modules of its own.
@@ -214,20 +235,29 @@ class Student:
         The modules are around the weights of `base`. The copy stays as it is, whatever is trained
         afterwards.
         """
-        lora = None if self.adapter is None else plain_state(self.network, self.adapter.name)[0]
+        first, *later = [one._copied(base) for one in (self, *self.later)]
         vectors = {k: v.detach().clone() for k, v in self.vectors.items()}
         head = None if self.head is None else copy.deepcopy(self.head).requires_grad_(False)
+        return Student.from_parts(replace(first, vectors=vectors, head=head, later=later), base)
+
+    def _copied(self, base: Backbone) -> Parts:
+        """Copy one set of a student's weights."""
+        lora = None if self.adapter is None else plain_state(self.network, self.adapter.name)[0]
         network = None
         if self.card.weights == "full":
             network = copied(base.module).requires_grad_(False).eval()
             network.load_state_dict(self.network.state_dict())
-        return Student.from_parts(Parts(_plain(self.card), lora, {}, network, vectors, head), base)
+        return Parts(_plain(self.card), lora, {}, network)
 
     def denoise(self, cond: Cond, condition: float | None = None) -> Denoise:
         """Return `(x, t) -> (x0, eps)`, conditioned on a value.
 
-        By default the value is the first. Guidance is baked in: none is applied.
+        By default the value is the first. Guidance is baked in: none is applied. Where each step has weights of its
+        own, a sample has those of its time.
         """
+        if self.later:
+            each = (replace(self, later=()), *self.later)
+            return by_step(lambda k, own: each[k].denoise(own), cond, self.times(self.card.steps[0]))
         inner = denoiser(self.backbone, self.network, tell(cond, self.card.guidance.scale))
 
         def network(x: Tensor, t: Tensor) -> Split:
@@ -312,8 +342,14 @@ class Student:
     def merged(self) -> "Student":
         """Return the same student as one network without LoRA.
 
-        Where the student is written for one condition value, the network absorbs the condition, too.
+        Where the student is written for one condition value, the network absorbs the condition, too. Raises ValueError
+        where each step has weights of its own.
         """
+        if self.later:
+            raise ValueError(
+                f"student: each of its {self.card.steps[0]} steps has weights of its own, which are no one network; "
+                "keep it as it is"
+            )
         network = copy.deepcopy(self.network)
         if self.adapter is not None:
             merge(network, self.adapter.name)
@@ -334,6 +370,9 @@ class Student:
         """
         folder, card, saved = Path(folder), _plain(self.card), {} if self.only is not None else self.vectors
         folder.parent.mkdir(parents=True, exist_ok=True)
+        if self.later:
+            first, *later = [one._parts() for one in (self, *self.later)]
+            return write_parts(folder, self.backbone, replace(first, card=card, later=later))
         if self.adapter is not None:
             state, settings = plain_state(self.network, self.adapter.name)
             if self.vectors:
@@ -348,6 +387,12 @@ class Student:
             else nullcontext()
         ):
             return write_parts(folder, self.backbone, Parts(card, None, {}, self.network, saved, self.head))
+
+    def _parts(self) -> Parts:
+        """Return one set of a student's weights as a folder holds it."""
+        if self.adapter is None:
+            return Parts(self.card, network=self.network)
+        return Parts(self.card, *plain_state(self.network, self.adapter.name))
 
     def save(self, folder: str | Path) -> Path:
         """Write the student as `write` does.

@@ -37,8 +37,11 @@ def finetune(
 
     Times are uniform. Afterwards the network has the averaged weights. `how.lora` trains a LoRA, which is
     merged at the end; otherwise all weights are trained. Captions are dropped at the rate `drop_caption`, so
-    guidance still works. Resumes from `run`. Raises ValueError for `how.quantize`, and for float16 weights.
+    guidance still works. Resumes from `run`. Raises ValueError for `how.quantize` and `how.per_step`, and for float16
+    weights.
     """
+    if how.per_step:
+        raise ValueError("roles.per_step: got true, and a teacher has no steps of its own; leave it out")
     if how.quantize is not None:
         raise ValueError(
             f"roles.quantize: got {how.quantize}, a fine-tune changes the weights themselves; leave it out"

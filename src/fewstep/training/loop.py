@@ -471,12 +471,16 @@ class Reach:
         """Check that losses reach at least half of a role's parameters.
 
         The check happens after `PATIENCE` updates of a role. Some layers of a network may have no part in the
-        output; if most layers have none, gradients are being lost. Raises ValueError.
+        output; if most layers have none, gradients are being lost. Where each step has weights of its own, a small
+        batch may have had no sample of a step, whose weights do not count. Raises ValueError.
         """
         for role in dict.fromkeys(updated):
             self.seen[role] = self.seen.get(role, 0) + 1
-            parameters = roles.trained[role]
-            lost = [n for n in parameters if n not in self.reached.get(role, ())]
+            reached, parameters = self.reached.get(role, set()), roles.trained[role]
+            if role == "student" and roles.step_times is not None:
+                sets = [own for name in roles.step_names if reached & (own := roles.served[name]).keys()]
+                parameters = {n: p for own in sets for n, p in own.items()} or parameters
+            lost = [n for n in parameters if n not in reached]
             if self.seen[role] == self.PATIENCE and 2 * sum(parameters[n].numel() for n in lost) > sum(
                 p.numel() for p in parameters.values()
             ):

@@ -83,6 +83,8 @@ def training_bytes(
     # One step needs as much memory as four: the steps without gradient hold less.
     begun = method.one_step()
     roles = make()  # outside of the tracker: unquantized base weights exist only before
+    if roles.step_times is not None:  # each step's weights are cast by themselves
+        begun = replace(begun, steps=method.steps)
     if method.needs.reward:
         roles = replace(roles, reward=REWARDS["brightness"])  # the networks of others are not counted
     hollow(roles)
@@ -91,7 +93,7 @@ def training_bytes(
     held = [t for n in roles.networks.values() for t in (*n.parameters(), *n.buffers())]
     known = Costs() if known is None else known
     calls = Calls(
-        roles.networks.values(), lambda: roles.active[0][0], roles.trained, short and roles.discriminator is None, known
+        roles.networks.values(), lambda: roles.active[0][0], roles.served, short and roles.discriminator is None, known
     )
     with MemoryTracker(known.operations) as ledger:
         ledger.add(*held, *parameters, *roles.average.values())

@@ -22,7 +22,7 @@ from ..hashes import bytes_of
 from ..methods.method import Method
 from ..methods.presets import METHODS
 from ..reading import read_json
-from ..roles.roles import Roles
+from ..roles.roles import Roles, RolesConfig
 from ..roles.sharding import whole
 from .state import checkpoints
 
@@ -95,11 +95,13 @@ def require_unchanged(before: Mapping[str, Any] | None, now: Mapping[str, Any], 
 
 
 def _completed(before: Mapping[str, Any], now: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a checkpoint's settings with the method's newer fields at their defaults.
+    """Return a checkpoint's settings with newer fields at their defaults.
 
-    A setting that a newer version has added leaves older runs as they were.
+    The fields are those of method and roles. A setting that a newer version has added leaves older runs as they were.
     """
-    method, kind = before.get("method"), METHODS.get(str(now["method"].get("kind")))
+    method, kind, roles = before.get("method"), METHODS.get(str(now["method"].get("kind"))), before.get("roles")
+    if isinstance(roles, Mapping):
+        before = {**before, "roles": _filled(roles, json.loads(json.dumps(asdict(RolesConfig()))))}
     if kind is None or not isinstance(method, Mapping) or not is_dataclass(kind):
         return before
     return {**before, "method": _filled(method, json.loads(json.dumps(asdict(kind()), default=str)))}
