@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ..backbones.base import Backbone
 from ..backbones.encoders import at_once
+from ..backbones.kinds import Unfilled
 from ..backbones.load import at_size, quiet
 from ..backbones.meta import meta_teacher
 from ..backbones.parts import DiffusersBackbone, networks
@@ -229,7 +230,8 @@ def meta_of(recipe: DistillRecipe) -> Backbone:
     The teacher is quantized where the recipe says so.
     """
     teacher = meta_teacher(recipe.teacher, getattr(torch, recipe.dtype), recipe.size)
-    quantize(teacher, recipe.roles.quantize)
+    with Unfilled():
+        quantize(teacher, recipe.roles.quantize)
     return teacher
 
 
@@ -349,7 +351,8 @@ def around_training(recipe: DistillRecipe, hollow: Hollow) -> Surroundings:
     assert isinstance(sized, DiffusersBackbone)
     encoders = {n: m for n, m in sized.pipe.components.items() if any(m is e for e in sized.encoders)}
     idle = [n for n in networks(sized.pipe) if n is not sized.module and n not in sized.encoders]
-    texts = [LONGEST] * at_once(sized.encoders)
+    # The longest text decides what a batch of texts needs; to split so many long ones into tokens takes a second.
+    texts = [LONGEST, *["word"] * (at_once(sized.encoders) - 1)]
     alone = calls_alone(lambda: sized.encode(texts), list(encoders.values()), known) if encoders else []
     images = torch.zeros(shown_images(recipe), *sized.shape)
     return Surroundings(

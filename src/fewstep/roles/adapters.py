@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..backbones.kinds import Unfilled
 from ..backbones.modules import without_fast_path
 from .sharding import shard_like
 
@@ -160,8 +161,9 @@ def add_adapter(module: nn.Module, name: str, rank: int, alpha: float, names: Se
     first_weight = next(module.parameters())
     # PEFT asks a network's first parameter for the device. A few rounded layers alone may have none.
     tells_device = nn.Parameter(first_weight.detach().new_empty(0), requires_grad=False)
-    place = torch.device("meta") if isinstance(first_weight, FakeTensor) else nullcontext()
-    with torch.random.fork_rng(devices=[]), place:
+    hollow = isinstance(first_weight, FakeTensor)
+    place = torch.device("meta") if hollow else nullcontext()
+    with torch.random.fork_rng(devices=[]), place, Unfilled() if hollow else nullcontext():
         torch.manual_seed(seed)
         for first in range(0, len(layers), FEW):
             some = layers[first : first + FEW]

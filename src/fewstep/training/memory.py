@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..backbones.base import Backbone
-from ..backbones.kinds import Operations
+from ..backbones.kinds import Operations, Unfilled
 from ..backbones.parts import blocks_of
 from ..data.images import ImageData
 from ..data.prompts import Embeddings
@@ -85,11 +85,12 @@ def training_bytes(
     roles = make()  # outside of the tracker: unquantized base weights exist only before
     if method.needs.reward:
         roles = replace(roles, reward=REWARDS["brightness"])  # the networks of others are not counted
-    hollow(roles)
+    known = Costs() if known is None else known
+    with Unfilled(known.operations):
+        hollow(roles)
     trained = {role: list(own.values()) for role, own in roles.trained.items()}
     parameters = [p for own in trained.values() for p in own]
     held = [t for n in roles.networks.values() for t in (*n.parameters(), *n.buffers())]
-    known = Costs() if known is None else known
     calls = Calls(
         roles.networks.values(), lambda: roles.active[0][0], roles.trained, short and roles.discriminator is None, known
     )
