@@ -7,6 +7,7 @@ lives.
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from .ledger import MemoryTracker, module_bytes, storage_bytes
 from .loop import TrainConfig, distill
 from .once import Calls, Costs
 from .optimizer import state_bytes
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -194,6 +197,14 @@ def peak_bytes(
             counted.enter_context(Calls([autoencoder], lambda: None, {}, called="decode").counted(ledger))
         run()
     return ledger.peak
+
+
+def calls_once(run: Callable[[], Result], networks: Sequence[nn.Module], known: Operations | None = None) -> Result:
+    """Return `run()`, in which equal calls of networks without numbers are made once."""
+    with MemoryTracker(known) as ledger, ExitStack() as all_counted:
+        for network in networks:
+            all_counted.enter_context(Calls([network], lambda: None, {}).counted(ledger))
+        return run()
 
 
 def calls_alone(run: Callable[[], object], networks: Sequence[nn.Module], known: Operations | None = None) -> list[int]:
