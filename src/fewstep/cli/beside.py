@@ -75,7 +75,7 @@ def _work(job: Callable[[], object], writer: int) -> NoReturn:
 
 
 def _result(job: Callable[[], Result], reader: int) -> Result:
-    """Return what the copy sends, or the job's result if it sends nothing."""
+    """Return what the copy sends; without it do the job here."""
     sent = b"".join(iter(partial(os.read, reader, 2**16), b""))
     try:
         found: Result = json.loads(sent)

@@ -200,7 +200,7 @@ def peak_bytes(
 
 
 def calls_once(run: Callable[[], Result], networks: Sequence[nn.Module], known: Operations | None = None) -> Result:
-    """Return `run()`, in which equal calls of networks without numbers are made once."""
+    """Return `run()`, with equal calls of hollow networks made once."""
     with MemoryTracker(known) as ledger, ExitStack() as all_counted:
         for network in networks:
             all_counted.enter_context(Calls([network], lambda: None, {}).counted(ledger))
