@@ -12,6 +12,7 @@ from fewstep.backbones.base import Backbone
 from fewstep.backbones.encoders import at_once
 from fewstep.backbones.meta import meta_teacher
 from fewstep.cli import plan
+from fewstep.cli.beside import beside
 from fewstep.cli.plan import (
     LEAST_BATCH,
     Hollow,
@@ -260,7 +261,7 @@ def test_a_plan_counts_beside_itself_what_it_counts_in_turn(
     train = {"iterations": 2, "batch": 2, "lr": 1e-3, "fake_lr": 1e-3}
     stage = {"method": {"steps": 2, "warmup": 0}, "train": train, "size": 16}
     settings = read_recipe(str(recipe(teacher, train=train, warm_start=stage, size=32)), [], DistillRecipe)
-    monkeypatch.setattr(plan, "beside", partial(plan.beside, room=lambda: room))
+    monkeypatch.setattr(plan, "beside", partial(beside, room=lambda: room))
     made = plan.plans_of(settings)
     for found, own in zip(made, (first_stage(settings), settings), strict=True):
         hollow = plan.hollow_of(settings, plan.meta_of(settings))
