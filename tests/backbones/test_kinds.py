@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from fewstep.backbones.kinds import Operations, form_of
+from fewstep.backbones.kinds import Kind, Operations, Unfilled, form_of
 
 ATEN = torch.ops.aten
 CASES: dict[str, tuple[Any, Callable[[Tensor], tuple[Any, ...]], dict[str, Any]]] = {
@@ -78,3 +78,23 @@ def test_other_inputs_and_real_ones_are_not_mixed_up() -> None:
     with FakeTensorMode():
         other = torch.empty(4, 2)
     assert operations(ATEN.add.Tensor, (other, 1), {}).fake_mode is not x.fake_mode  # type: ignore[attr-defined]
+
+
+def test_networks_are_built_alike_without_first_weights() -> None:
+    def block() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(4, 8, 3), nn.GroupNorm(2, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Embedding(9, 8)
+        )
+
+    for place in (lambda: FakeTensorMode(), lambda: torch.device("meta")):
+        with place():
+            plain = block()
+        with place(), Unfilled():
+            quick = block()
+        own, same = plain.state_dict(), quick.state_dict()
+        assert list(own) == list(same)
+        assert [Kind.of(t) for t in own.values()] == [Kind.of(t) for t in same.values()]
+        assert [type(t) for t in own.values()] == [type(t) for t in same.values()]
+        assert len({t.untyped_storage()._cdata for t in same.values()}) == len(same)
+    with Unfilled():
+        assert nn.init.ones_(torch.empty(2)).tolist() == [1, 1]

@@ -1,14 +1,18 @@
 """`fewstep plan`: a table, and settings that fit a card and give the same training."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 from fewstep.backbones.base import Backbone
+from fewstep.backbones.encoders import at_once
 from fewstep.backbones.meta import meta_teacher
 from fewstep.cli import plan
+from fewstep.cli.beside import beside
 from fewstep.cli.plan import (
     LEAST_BATCH,
     Hollow,
@@ -23,9 +27,9 @@ from fewstep.cli.plan import (
     savings,
 )
 from fewstep.data.prompts import Embeddings
-from fewstep.runs.recipe import DistillRecipe, read_recipe
+from fewstep.runs.recipe import DistillRecipe, first_stage, read_recipe
 from fewstep.training.ledger import module_bytes
-from fewstep.training.memory import Training, peak_bytes
+from fewstep.training.memory import Training, calls_alone, peak_bytes
 
 from .. import pipelines, tiny
 from .common import error_of, fewstep
@@ -232,6 +236,36 @@ def test_every_encoder_is_counted_alone(tmp_path: Path) -> None:
     for phase, encoder in zip(around.encoders, teacher.encoders, strict=True):
         assert module_bytes(encoder) < phase.bytes < module_bytes(encoder) + peak_of(teacher)
         assert "forward" not in vars(encoder)
+
+
+@pytest.mark.parametrize(
+    "family", [*pipelines.cases(("sd", "sdxl", "sd3", "flux", "cogvideox", *pipelines.LONG_TRAINED))]
+)
+def test_one_long_text_among_others_needs_what_as_many_long_ones_need(family: str, tmp_path: Path) -> None:
+    folder = pipelines.save(family, tmp_path / family)
+    settings, teacher = read_recipe(str(recipe(folder)), [], DistillRecipe), meta_teacher(folder)
+    hollow = plan.hollow_of(settings, teacher)
+    count = at_once(teacher.encoders)
+    alone = calls_alone(lambda: teacher.encode([plan.LONGEST] * count), list(teacher.encoders))
+    assert [p.bytes for p in around_training(settings, hollow).encoders] == alone
+    for n in (1, 2):
+        every, index = teacher.encode([plan.LONGEST] * n), torch.arange(n)
+        own = hollow.texts.at(index, torch.device("cpu")) if n > 1 else hollow.texts.unconditional(torch.device("cpu"))
+        assert {k: (t.shape, t.dtype) for k, t in own.items()} == {k: (t.shape, t.dtype) for k, t in every.items()}
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_plan_counts_beside_itself_what_it_counts_in_turn(
+    room: bool, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = {"iterations": 2, "batch": 2, "lr": 1e-3, "fake_lr": 1e-3}
+    stage = {"method": {"steps": 2, "warmup": 0}, "train": train, "size": 16}
+    settings = read_recipe(str(recipe(teacher, train=train, warm_start=stage, size=32)), [], DistillRecipe)
+    monkeypatch.setattr(plan, "beside", partial(beside, room=lambda: room))
+    made = plan.plans_of(settings)
+    for found, own in zip(made, (first_stage(settings), settings), strict=True):
+        hollow = plan.hollow_of(settings, plan.meta_of(settings))
+        assert found == plan_of(own, hollow, around_training(own, hollow))
 
 
 def peak_of(teacher: Backbone) -> int:

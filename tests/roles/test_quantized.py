@@ -238,6 +238,16 @@ def test_a_teacher_is_rounded_once() -> None:
             make_roles(backbone, RolesConfig(rank=2, quantize=base))  # type: ignore[arg-type]
 
 
+def test_layers_without_a_parameter_take_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded layers have buffers alone, and PEFT asks the layers that it gets at a time for a parameter's device."""
+    monkeypatch.setattr(adapters, "FEW", 1)
+    backbone = wide()
+    roles = make_roles(backbone, RolesConfig(rank=2, quantize="int8"))
+    assert any(type(m) is QuantisedLinear and m.bias is None for m in backbone.module.modules())
+    assert all(n.rpartition(".")[0] for n in roles.trained["student"])
+    assert "tells_device" not in backbone.module.state_dict()
+
+
 def test_what_is_small_and_what_is_told_stays_as_it_is() -> None:
     backbone = wide()
     names = {id(m): n for n, m in backbone.module.named_modules()}

@@ -12,7 +12,7 @@ from fewstep.roles.roles import RolesConfig
 from fewstep.runs.init import roles_for
 from fewstep.training.loop import TrainConfig
 from fewstep.training.memory import Training, training_bytes
-from fewstep.training.once import Costs
+from fewstep.training.once import Costs, parts_of, placed
 from fewstep.training.precision import Precision
 
 from .. import pipelines
@@ -70,3 +70,22 @@ def test_equal_blocks_are_one_kind_and_watched_ones_none() -> None:
     assert costs.number(block().requires_grad_(False)) == 3
     first[0].register_forward_hook(lambda *_: None)
     assert costs.number(first) is None
+
+
+def test_tensors_are_put_where_measured_ones_lay() -> None:
+    whole, like = torch.zeros(6, 4), torch.zeros(1)
+    lone = [whole, whole.t().contiguous().t(), torch.zeros(3, 1, 2), torch.zeros(())]
+    for found in (
+        lone,
+        [whole[1:]],
+        [whole[:, :2]],
+        [whole[:2]],
+        [whole[:0]],
+        [whole[:3], whole[3:]],
+        [whole.expand(2, 6, 4)],
+    ):
+        parts = parts_of(found)
+        assert parts is not None
+        made = placed(parts, like)
+        assert parts_of(made) == parts
+        assert [t.untyped_storage().nbytes() for t in made] == [t.untyped_storage().nbytes() for t in found]

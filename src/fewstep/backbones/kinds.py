@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch.utils._python_dispatch import TorchDispatchMode
 
+# Operations that only write numbers into their first input, which tensors without numbers need not.
+FILLS = (
+    torch.ops.aten.uniform_.default,
+    torch.ops.aten.normal_.default,
+    torch.ops.aten.fill_.Scalar,
+    torch.ops.aten.zero_.default,
+)
 UNKNOWN = torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view
 
 
@@ -78,6 +86,24 @@ class Operations:
         out = func(*args, **kwargs)
         self._ways[key] = way_of(form, out, args[0])
         return out
+
+
+class Unfilled(TorchDispatchMode):
+    """Make operations on fake tensors once, and fill no meta tensors.
+
+    For building networks: most of the time goes to first weights, of which tensors without numbers have none.
+    """
+
+    def __init__(self, known: Operations | None = None) -> None:
+        super().__init__()
+        self.known = Operations() if known is None else known
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in FILLS and isinstance(first := args[0], Tensor) and (isinstance(first, FakeTensor) or first.is_meta):
+            return first
+        return self.known(func, args, kwargs or {})
 
 
 def form_of(func: Callable[..., Any]) -> str:

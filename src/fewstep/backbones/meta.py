@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from .base import Backbone
 from .family import Family
+from .kinds import Operations, Unfilled
 from .load import at_size, backbone_of, damaged, locate, require_lora_files, source_of
 from .lora import changes_of
 from .parts import default_dtype, frozen, network_kind, own_dtype, part_kind, part_names
@@ -92,6 +93,7 @@ def components(family: Family, place: str | Path, named: Mapping[str, str], dtyp
     folder.
     """
     made = dict[str, Any]()
+    operations = Operations()
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # one mode for all parts: tensors of several modes do not mix
     for name, called in named.items():
         kind: Any = (
@@ -100,12 +102,12 @@ def components(family: Family, place: str | Path, named: Mapping[str, str], dtyp
         )
         if issubclass(kind, ModelMixin):
             config = kind.load_config(str(place), subfolder=name)
-            with mode, default_dtype(own_dtype(kind, config, dtype)), warnings.catch_warnings():
+            with mode, Unfilled(operations), default_dtype(own_dtype(kind, config, dtype)), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch warns of layers of odd sizes
                 made[name] = kind.from_config(config)
         elif issubclass(kind, PreTrainedModel):
             config = kind.config_class.from_pretrained(str(place), subfolder=name, dtype=dtype)
-            with mode, default_dtype(dtype):
+            with mode, Unfilled(operations), default_dtype(dtype):
                 made[name] = kind(config)
         else:  # all schedulers with a table of betas have the same process: DDIM's will do
             known = (*WITHOUT_TABLE, *(MULTISTEP if kind is FlowMatchEulerDiscreteScheduler else ()))

@@ -14,6 +14,7 @@ import typer
 from .. import __version__
 from ..names import expanded
 from ..notices import mute_others
+from .collection import without_collection
 from .faults import FaultError, logged_in
 from .progress import Plain, set_output, show_all_letters
 from .signals import Interrupted, interruptible
@@ -148,7 +149,8 @@ def plan(
     json: Json = False,
 ) -> None:
     """Print what a recipe needs in memory, part by part, without loading or downloading any weights."""
-    from .plan import run_plan
+    with without_collection():
+        from .plan import run_plan
 
     run_plan(recipe, set_ or [], memory, _given({"teacher": teacher}), cards)
 

@@ -4,8 +4,9 @@ With `--memory`, the plan finds settings that make a recipe fit a card: first th
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from ..backbones.base import Backbone
 from ..backbones.encoders import at_once
+from ..backbones.kinds import Operations, Unfilled
 from ..backbones.load import at_size, quiet
 from ..backbones.meta import meta_teacher
 from ..backbones.parts import DiffusersBackbone, networks
@@ -26,9 +28,10 @@ from ..runs.init import roles_for
 from ..runs.recipe import DistillRecipe, first_stage, read_recipe
 from ..runs.trajectory_sources import trajectory_times
 from ..training.ledger import module_bytes
-from ..training.memory import Training, calls_alone, peak_bytes, training_bytes
+from ..training.memory import Training, calls_alone, calls_once, peak_bytes, training_bytes
 from ..training.once import Costs
 from ..training.optimizer import OPTIMIZERS, OptimizerName
+from .beside import beside
 from .preflight import note_shadowed
 from .progress import console, put_result, working
 
@@ -77,6 +80,11 @@ class Surroundings:
     encoders: tuple[Phase, ...]
     idle: int
     drawing: int
+
+    @staticmethod
+    def of(encoders: Iterable[Mapping[str, Any]], idle: int, drawing: int) -> "Surroundings":
+        """Return what `asdict` told."""
+        return Surroundings(tuple(Phase(**told) for told in encoders), idle, drawing)
 
 
 @dataclass(frozen=True)
@@ -212,9 +220,23 @@ def plans_of(recipe: DistillRecipe, cards: int = 1) -> list[Plan]:
     """
     teacher = meta_of(recipe)
     stages = [recipe] if recipe.warm_start is None else [first_stage(recipe), recipe]
+    hollow = cache(partial(hollow_of, recipe, teacher))  # a copy of this process makes its own
+
+    def first() -> dict[str, list[dict[str, Any]]]:
+        """Count all but the last training."""
+        return {
+            "around": [asdict(around_training(stage, hollow())) for stage in stages],
+            "trainings": [asdict(training_of(stage, hollow(), cards)) for stage in stages[:-1]],
+        }
+
     try:
-        hollow = hollow_of(recipe, teacher)
-        return [plan_of(stage, hollow, around_training(stage, hollow), cards) for stage in stages]
+        with beside(first) as found:
+            last = training_of(stages[-1], hollow(), cards)
+            counted = found()
+        around = [Surroundings(tuple(Phase(**p) for p in told.pop("encoders")), **told) for told in counted["around"]]
+        trainings = [*(Training(**told) for told in counted["trainings"]), last]
+        each = zip(stages, around, trainings, strict=True)
+        return [Plan(stage, beyond, training, hollow(), cards) for stage, beyond, training in each]
     # These come from networks that do not fit their configuration.
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ZeroDivisionError) as error:
         raise ValueError(
@@ -229,7 +251,8 @@ def meta_of(recipe: DistillRecipe) -> Backbone:
     The teacher is quantized where the recipe says so.
     """
     teacher = meta_teacher(recipe.teacher, getattr(torch, recipe.dtype), recipe.size)
-    quantize(teacher, recipe.roles.quantize)
+    with Unfilled():
+        quantize(teacher, recipe.roles.quantize)
     return teacher
 
 
@@ -340,7 +363,8 @@ def savings(recipe: DistillRecipe, prefix: str) -> list[list[tuple[list[str], Di
 
 def hollow_of(recipe: DistillRecipe, teacher: Backbone) -> Hollow:
     """Return a teacher of fake (meta) tensors with its longest prompts."""
-    return Hollow(teacher, longest_texts(at_size(teacher, recipe.size)))
+    costs = Costs()
+    return Hollow(teacher, longest_texts(at_size(teacher, recipe.size), costs.operations), costs)
 
 
 def around_training(recipe: DistillRecipe, hollow: Hollow) -> Surroundings:
@@ -349,7 +373,8 @@ def around_training(recipe: DistillRecipe, hollow: Hollow) -> Surroundings:
     assert isinstance(sized, DiffusersBackbone)
     encoders = {n: m for n, m in sized.pipe.components.items() if any(m is e for e in sized.encoders)}
     idle = [n for n in networks(sized.pipe) if n is not sized.module and n not in sized.encoders]
-    texts = [LONGEST] * at_once(sized.encoders)
+    # The longest text decides what a batch of texts needs; to split so many long ones into tokens takes a second.
+    texts = [LONGEST, *["word"] * (at_once(sized.encoders) - 1)]
     alone = calls_alone(lambda: sized.encode(texts), list(encoders.values()), known) if encoders else []
     images = torch.zeros(shown_images(recipe), *sized.shape)
     return Surroundings(
@@ -361,9 +386,14 @@ def around_training(recipe: DistillRecipe, hollow: Hollow) -> Surroundings:
 
 def plan_of(recipe: DistillRecipe, hollow: Hollow, around: Surroundings, cards: int = 1) -> Plan:
     """Return the plan of one training."""
+    return Plan(recipe, around, training_of(recipe, hollow, cards), hollow, cards)
+
+
+def training_of(recipe: DistillRecipe, hollow: Hollow, cards: int = 1) -> Training:
+    """Count the bytes of one training."""
     sized, method = at_size(hollow.teacher, recipe.size), recipe.method
     times = trajectory_times(method, sized)
-    counted = training_bytes(
+    return training_bytes(
         sized,
         lambda: roles_for(sized, method, recipe.roles),
         method,
@@ -373,14 +403,14 @@ def plan_of(recipe: DistillRecipe, hollow: Hollow, around: Surroundings, cards: 
         cards,
         known=hollow.costs,
     )
-    return Plan(recipe, around, counted, hollow, cards)
 
 
-def longest_texts(backbone: Backbone) -> Embeddings:
+def longest_texts(backbone: Backbone, known: Operations | None = None) -> Embeddings:
     """Return two prompts of as many tokens as the networks take."""
     assert isinstance(backbone, DiffusersBackbone)
     text = LONGEST if backbone.encoders else ""
-    return Embeddings(backbone.encode([text] * 2), backbone.encode([text]), [text] * 2, 0, "")
+    two, one = calls_once(lambda: [backbone.encode([text] * n) for n in (2, 1)], backbone.encoders, known)
+    return Embeddings(two, one, [text] * 2, 0, "")
 
 
 def show(made: Plan) -> None:

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..backbones.kinds import Unfilled
 from ..backbones.modules import without_fast_path
 from .sharding import shard_like
 
@@ -157,8 +158,12 @@ def add_adapter(module: nn.Module, name: str, rank: int, alpha: float, names: Se
     layers = [n for n in parts if n in wanted]
     if not any(isinstance(m, LoraLayer) for m in parts.values()):
         module.requires_grad_(False)
-    place = torch.device("meta") if isinstance(next(module.parameters()), FakeTensor) else nullcontext()
-    with torch.random.fork_rng(devices=[]), place:
+    first_weight = next(module.parameters())
+    # PEFT asks a network's first parameter for the device. A few rounded layers alone may have none.
+    tells_device = nn.Parameter(first_weight.detach().new_empty(0), requires_grad=False)
+    hollow = isinstance(first_weight, FakeTensor)
+    place = torch.device("meta") if hollow else nullcontext()
+    with torch.random.fork_rng(devices=[]), place, Unfilled() if hollow else nullcontext():
         torch.manual_seed(seed)
         for first in range(0, len(layers), FEW):
             some = layers[first : first + FEW]
@@ -166,6 +171,7 @@ def add_adapter(module: nn.Module, name: str, rank: int, alpha: float, names: Se
             vars(box).update({k: v for k, v in vars(module).items() if k.startswith("is_loaded_in_")})  # PEFT asks
             for i, path in enumerate(some):
                 box.add_module(f"layer_{i}", parts[path])
+            box.register_parameter("tells_device", tells_device)
             own = LoraConfig(r=rank, lora_alpha=alpha, target_modules=[*box._modules], init_lora_weights=True)
             inject_adapter_in_model(own, box, adapter_name=name)
             for path, layer in zip(some, box._modules.values(), strict=True):

@@ -7,13 +7,14 @@ lives.
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..backbones.base import Backbone
-from ..backbones.kinds import Operations
+from ..backbones.kinds import Operations, Unfilled
 from ..backbones.parts import blocks_of
 from ..data.images import ImageData
 from ..data.prompts import Embeddings
@@ -25,6 +26,8 @@ from .ledger import MemoryTracker, module_bytes, storage_bytes
 from .loop import TrainConfig, distill
 from .once import Calls, Costs
 from .optimizer import state_bytes
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -87,11 +90,12 @@ def training_bytes(
         begun = replace(begun, steps=method.steps)
     if method.needs.reward:
         roles = replace(roles, reward=REWARDS["brightness"])  # the networks of others are not counted
-    hollow(roles)
+    known = Costs() if known is None else known
+    with Unfilled(known.operations):
+        hollow(roles)
     trained = {role: list(own.values()) for role, own in roles.trained.items()}
     parameters = [p for own in trained.values() for p in own]
     held = [t for n in roles.networks.values() for t in (*n.parameters(), *n.buffers())]
-    known = Costs() if known is None else known
     calls = Calls(
         roles.networks.values(), lambda: roles.active[0][0], roles.served, short and roles.discriminator is None, known
     )
@@ -195,6 +199,14 @@ def peak_bytes(
             counted.enter_context(Calls([autoencoder], lambda: None, {}, called="decode").counted(ledger))
         run()
     return ledger.peak
+
+
+def calls_once(run: Callable[[], Result], networks: Sequence[nn.Module], known: Operations | None = None) -> Result:
+    """Return `run()`, with equal calls of hollow networks made once."""
+    with MemoryTracker(known) as ledger, ExitStack() as all_counted:
+        for network in networks:
+            all_counted.enter_context(Calls([network], lambda: None, {}).counted(ledger))
+        return run()
 
 
 def calls_alone(run: Callable[[], object], networks: Sequence[nn.Module], known: Operations | None = None) -> list[int]:

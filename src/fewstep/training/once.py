@@ -39,6 +39,12 @@ class Part:
     offset: int
     items: int
 
+    @property
+    def fills(self) -> bool:
+        """Whether the tensor reaches from its store's begin to its end."""
+        reach = sum((n - 1) * step for n, step in zip(self.kind.shape, self.kind.stride, strict=True))
+        return not self.offset and 0 not in self.kind.shape and reach + 1 == self.items
+
 
 def parts_of(outputs: Sequence[Tensor]) -> tuple[Part, ...] | None:
     """Return where outputs lie; None where some share memory under several types."""
@@ -54,6 +60,8 @@ def parts_of(outputs: Sequence[Tensor]) -> tuple[Part, ...] | None:
 
 def placed(parts: Sequence[Part], like: Tensor) -> tuple[Tensor, ...]:
     """Return tensors without numbers, which share memory as measured ones did."""
+    if len({part.store for part in parts}) == len(parts) and all(part.fills for part in parts):
+        return tuple(part.kind.made(like) for part in parts)
     memory = {part.store: like.new_empty(part.items, dtype=part.kind.dtype) for part in parts}
     return tuple(memory[p.store].as_strided(p.kind.shape, p.kind.stride, p.offset) for p in parts)
 
