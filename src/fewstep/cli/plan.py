@@ -4,7 +4,7 @@ With `--memory`, the plan finds settings that make a recipe fit a card: first th
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from types import MappingProxyType
@@ -80,11 +80,6 @@ class Surroundings:
     encoders: tuple[Phase, ...]
     idle: int
     drawing: int
-
-    @staticmethod
-    def of(encoders: Iterable[Mapping[str, Any]], idle: int, drawing: int) -> "Surroundings":
-        """Return what `asdict` told."""
-        return Surroundings(tuple(Phase(**told) for told in encoders), idle, drawing)
 
 
 @dataclass(frozen=True)
