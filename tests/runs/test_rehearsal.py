@@ -9,7 +9,7 @@ import torch
 
 import fewstep
 from fewstep.backbones.base import Backbone
-from fewstep.backbones.load import around, fingerprint
+from fewstep.backbones.load import around, at_size, fingerprint
 from fewstep.backbones.parts import frozen
 from fewstep.core.guidance import Guidance
 from fewstep.methods.distribution_matching import DistributionMatching
@@ -24,14 +24,16 @@ from .. import tiny
 METHOD = DistributionMatching(steps=2, warmup=1, guidance=Guidance(scale=2.0))
 
 
-def trial(teacher: Backbone, method: Any = METHOD, config: TrainConfig | None = None, **roles: Any) -> Trial:
+def trial(
+    teacher: Backbone, method: Any = METHOD, config: TrainConfig | None = None, size: int = 0, **roles: Any
+) -> Trial:
     base_hash = fingerprint(teacher.module)
     return trial_of(
         teacher,
         method,
         RolesConfig(**roles),
         config or TrainConfig(iterations=1, batch=2, lr=1e-4, fake_lr=1e-4),
-        Origin("tiny", base_hash, 0, 0.0, "tdm"),
+        Origin("tiny", base_hash, 0, 0.0, "tdm", size=size),
     )
 
 
@@ -59,6 +61,17 @@ def test_every_kind_of_student_is_rehearsed(teacher: Any, method: Any, roles: di
     assert before.keys() == after.keys() and all(
         torch.equal(before[n], after[n]) for n in before
     )  # the teacher is as it was
+
+
+def test_images_of_another_size_are_rehearsed_small(tmp_path: Path) -> None:
+    """Both students of a trial have the small size, whatever the recipe's is."""
+    own = tiny.stable_diffusion()
+    model = at_size(own, 4 * own.small * own.pixels)
+    assert model.shape[-1] > own.small
+    made = trial(model, size=model.image_size, rank=2)
+    assert made.student.backbone.shape[-1] == own.small
+    check = student_check(made, tmp_path / "trial")
+    assert check.holds and "largest difference" in check.said, check
 
 
 def test_half_precision_too(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from ..reading import reason
 from ..report.words import size
 from ..roles.roles import SURROGATE, TRAINED, Roles, RolesConfig
 from ..student.folder import Parts
-from ..student.student import Origin, Student, student_card
+from ..student.student import Origin, Student, size_of, student_card
 from ..training.ledger import module_bytes, storage_bytes
 from ..training.loop import TrainConfig
 from ..training.saving import checkpoint_bytes
@@ -61,7 +61,7 @@ def trial_of(teacher: Backbone, method: Method, networks: RolesConfig, config: T
         for k in range(len(roles.step_names))
     ]
     vectors = {k: torch.randn(v.shape, generator=rng) * CHANGE for k, v in roles.vectors().items()}
-    card = student_card(roles, method, origin)
+    card = student_card(roles, method, replace(origin, size=size_of(teacher)))  # of the small images
     card = replace(card, weights="full", rank=None, alpha=None) if full else card
     # A LoRA is written under two names.
     weights, sets = module_bytes(teacher.module) if full else 2 * storage_bytes(*lora.values()), 1 + len(later)
