@@ -9,9 +9,9 @@ recipe runs with batch 1 for three iterations by `fewstep distill`, without warm
 without units for bfloat16 weights and calculations are in float32, since it takes 25 to 40 times as long there. It is
 killed (SIGKILL) once its first checkpoint is there, and the same command resumes. The student is exported in every
 format, loaded again and drawn once. `peak` is the largest resident memory of a training process above that of its
-imports; memory that it frees goes back at once. `planned` is the training as `fewstep plan` counts it, with the
-encoders and the autoencoder, which stay in a CPU's memory; the largest phase counts. Sizes are those of files. Bar: the
-peak within 10 % of the plan.
+imports; memory that it frees goes back at once. `planned` is the training as `fewstep plan` counts it, with what stays
+in a CPU's memory and not in a GPU's: the encoders, and the copy of a checkpoint that is written beside the training;
+the largest phase counts. Sizes are those of files. Bar: the peak within 10 % of the plan.
 """
 
 import argparse
@@ -151,7 +151,8 @@ def planned(recipe: DistillRecipe) -> int:
     """Return the bytes that a training on a CPU is planned to take."""
     (plan,) = plans_of(recipe)
     encoders = sum(module_bytes(e) for e in plan.hollow.teacher.encoders)
-    return encoders + max(phase.bytes for phase in plan.phases if phase not in plan.around.encoders)
+    largest = max(phase.bytes for phase in plan.phases if phase not in plan.around.encoders)
+    return encoders + largest + plan.training.host
 
 
 def bytes_of(place: Path) -> int:
