@@ -319,6 +319,54 @@ def arena_longer() -> str:
     return table(("model", "steps", "30 CPU seconds", "120 CPU seconds", "diversity", "seeds"), lines)
 
 
+def arena_settings() -> str:
+    """What a setting that others ship changes of TDM's FD in 4 steps, seed by seed, the best first."""
+    plain = {r["seed"]: r["measured"]["4"]["fd"] for r in of_arena("tdm")}
+    own = dict.fromkeys(r["key"] for r in stored("arena") if r["stage"] == "settings" and r["count"] == 4)
+
+    def gaps(key: str) -> list[float]:
+        return [r["measured"]["4"]["fd"] - plain[r["seed"]] for r in of_arena(key) if r["seed"] in plain]
+
+    labels = common("arena")["label"]
+    lines = [
+        (
+            labels[key].removeprefix("TDM "),
+            spread(gaps(key)),
+            spread([r["measured"]["4"]["diversity"] for r in of_arena(key)]),
+            len(gaps(key)),
+        )
+        for key in sorted(own, key=lambda key: mean(gaps(key)))
+    ]
+    return table(("TDM with", "change in FD", "diversity", "seeds"), lines)
+
+
+def arena_tuned() -> str:
+    """FD of three ways to use a good set of images with a poor teacher."""
+    names = ("fine-tune, then TDM", "TDM with an adversarial term", "TDM alone")
+    return table(("way", "FD in 4 steps", "seeds"), [(n, spread(tuned_fd(n)), len(tuned_fd(n))) for n in names])
+
+
+def arena_heads() -> str:
+    """Error of heads in percent in trained and untrained steps, from 500 trajectories."""
+    names = {
+        "DDIM": "DDIM",
+        "rows alone, the same for all samples (PAS)": "rows alone (PAS)",
+        "rows and coordinates (span head)": "span head",
+        "coordinates, no rows (curve head)": "curve head",
+        "LoRA alone": "LoRA",
+        "LoRA and rows and coordinates (span head)": "LoRA and span head",
+        "LoRA and coordinates, no rows (curve head)": "LoRA and curve head",
+        "LoRA and neither": "LoRA and a head without rows and coordinates",
+    }
+
+    def cells(method: str) -> list[str]:
+        own = [r["error"] for r in stored("arena_heads") if r["method"] == method and r["trajectories"] in (None, 500)]
+        return [spread([100 * error[str(k)] for error in own], 1) for k in (2, 4, 1, 3, 5, 6)]
+
+    head = ("head", "2 steps, trained", "4 steps, trained", "1 step", "3 steps", "5 steps", "6 steps")
+    return table(head, [(name, *cells(method)) for method, name in names.items()])
+
+
 def rewards() -> str:
     """What rewards raise next to matching, and at which distance."""
     record = json.loads((ROOT / "benchmarks" / "arena.json").read_text(encoding="utf-8"))
@@ -938,6 +986,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "race": race,
     "arena": arena,
     "arena-longer": arena_longer,
+    "arena-settings": arena_settings,
+    "arena-tuned": arena_tuned,
+    "arena-heads": arena_heads,
     "rewards": rewards,
     "claims": claims,
     "transfer": transfer,
