@@ -84,14 +84,15 @@ def page(record: Record) -> str:
         found = [of.get((recipe, name)) for name in ("before", "now")]
         card = next((f" --memory {r['card']}" for r in found if r is not None and r["card"]), "")
         needed = next((", ".join(r["needed"]) for r in reversed(found) if r is not None), "")
-        lines.append([recipe + card, *("" if r is None else f"{r['cpu']:.1f}" for r in found), needed])
+        clock = "" if found[1] is None else f"{found[1]['wall']:.1f}"
+        lines.append([recipe + card, *("" if r is None else f"{r['cpu']:.1f}" for r in found), clock, needed])
     return f"""# How long a plan takes
 
 {about(__doc__)}
 
 {wrapped(provenance(record))}
 
-{markdown(["recipe", "CPU seconds before", "now", "needed, the largest part"], lines)}
+{markdown(["recipe", "CPU seconds before", "now", "by the clock", "needed, the largest part"], lines)}
 """
 
 

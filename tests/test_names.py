@@ -6,8 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from fewstep.names import LONGEST, expanded, fault_of, made_name, quoted, read_name, require_name, visible
+from fewstep.names import (
+    LONGEST,
+    expanded,
+    fault_of,
+    made_name,
+    quoted,
+    read_name,
+    require_name,
+    require_path,
+    visible,
+)
 
 ODD = [
     "", ".", "..", "...", " . ", "../../x", "/etc/x", "a/b", "a\\b", "C:\\x", "c:x", "a\0b", "a\nb", "a\x1b[31mb",
@@ -96,3 +107,8 @@ def test_home_is_found_where_the_shell_leaves_it(monkeypatch: pytest.MonkeyPatch
     assert expanded("~/x") == "/home/me/x" and expanded("a~b") == "a~b"
     (tmp_path / "~").mkdir()
     assert expanded("~") == "~"
+
+
+def test_a_value_of_many_lines_is_named_by_its_type() -> None:
+    with pytest.raises(ValueError, match=r"^images: got a value of the type Tensor, allowed is the path"):
+        require_path(torch.zeros(2, 2), "images")

@@ -44,10 +44,10 @@ def require_path(value: object, option: str) -> Path:
     Raises ValueError for an empty one, which would be the current folder, for bytes, and for what is no path.
     """
     if not isinstance(value, str | Path) or not str(value).strip() or "\0" in str(value):
-        raise ValueError(
-            f"{option}: got {str(value) if isinstance(value, Path) else value!r}, "
-            "allowed is the path of a folder as text"
-        )
+        shown = str(value) if isinstance(value, Path) else repr(value)
+        if "\n" in shown:  # a tensor, an array
+            shown = f"a value of the type {type(value).__name__}"
+        raise ValueError(f"{option}: got {shown}, allowed is the path of a folder as text")
     return Path(value)
 
 

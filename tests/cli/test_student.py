@@ -177,12 +177,12 @@ def test_a_start_of_another_rank_or_family_is_refused_before_the_run(
     trained: Path, teacher: Path, tmp_path: Path
 ) -> None:
     final, own = trained / "final", fewstep.load_teacher(teacher)
-    require_same_lora(own, final, RolesConfig(rank=2))
+    require_same_lora(own, final, RolesConfig(rank=2), 2)
     with pytest.raises(ValueError, match=r"^init_from: .* has a LoRA of rank 2, got 4; set roles\.rank=2$"):
-        require_same_lora(own, final, RolesConfig(rank=4))
+        require_same_lora(own, final, RolesConfig(rank=4), 2)
     other = pipelines.load(pipelines.save("pixart", tmp_path / "pixart"))
     with pytest.raises(ValueError, match=r"^init_from: .* has no layer .* are missing\); start from a student of this"):
-        require_same_lora(other, final, RolesConfig(rank=2))
+        require_same_lora(other, final, RolesConfig(rank=2), 2)
 
 
 @pytest.mark.slow

@@ -188,3 +188,8 @@ def test_nothing_trains_the_fake_scores_features_while_heads_wait() -> None:
     method = DistributionMatching(gan=GanConfig(weight=0.5, features="fake"), warmup=3)
     (loss,) = matching_losses(method, roles, train_batch(method, roles, images=real_data(roles), warming_up=True))
     assert loss.role == "fake" and torch.equal(loss.value.detach(), loss.metrics["fake_loss"])
+
+
+def test_features_without_a_discriminator_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"gan\.features: got fake with .*gan\.weight=0"):
+        GanConfig(features="fake")

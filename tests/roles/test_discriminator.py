@@ -83,6 +83,6 @@ def test_it_reads_the_teacher_whatever_the_other_roles_have_become() -> None:
 def test_without_layers_it_says_what_to_do() -> None:
     backbone = Denoiser(nn.Linear(2, 2), tiny.TABLE, (2,))
     with pytest.raises(
-        ValueError, match=r"^method\.gan: this network names no layers .*feature_layers.* or set method\.gan=0$"
+        ValueError, match=r"^method\.gan: this network names no layers .*feature_layers.* or set method\.gan\.weight=0$"
     ):
         make_discriminator(backbone, backbone.module, (4,), seed=0)

@@ -26,6 +26,7 @@ from fewstep.methods.presets import preset
 from fewstep.roles.per_step import by_step, step_name
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.runs.init import roles_for
+from fewstep.runs.recipe import DistillRecipe, read_recipe
 from fewstep.training.loop import Reach, Step, TrainConfig, distill
 from fewstep.training.settings import require_unchanged, settings_of
 
@@ -281,7 +282,7 @@ def test_other_rewards_and_data_train_as_well() -> None:
 
 @pytest.mark.parametrize(("method", "expected"), [
     (DistributionMatching(steps=(4, 2, 1)), r"method\.steps: got \[4, 2, 1\] with roles\.per_step=true"),
-    (DistributionMatching(steps=1), r"method\.steps: got \[1\]"),
+    (DistributionMatching(steps=1), r"method\.steps: got 1 with"),
     (DistributionMatching(random_times=True), r"method\.random_times: got true"),
     (DistributionMatching(ladder=(16,)), r"method\.ladder: got \[16\]"),
     (DistributionMatching(analytic_first_step=True), r"method\.analytic_first_step: got true"),
@@ -321,3 +322,15 @@ def test_networks_without_it_are_made_as_before() -> None:
     roles = make_roles(tiny.denoiser(), RolesConfig(rank=2))
     assert roles.step_times is None and roles.step_names == ["student"]
     assert roles.served["student"] is roles.trained["student"]
+
+
+def test_stages_have_as_many_steps_and_each_is_named_where_it_is() -> None:
+    """Before the first stage is trained, not after it."""
+    changed = ["roles.per_step=true", "method.steps=2", "warm_start.train={iterations: 20, batch: 4}"]
+    first = "warm_start.method={name: tdm, steps: 4, warmup: 1}"
+    with pytest.raises(ValueError, match=r"warm_start\.method\.steps: got 4 with method\.steps=2"):
+        read_recipe("tdm4", [*changed, first], DistillRecipe)
+    read_recipe("tdm4", [*changed, first.replace("4", "2")], DistillRecipe)
+    other = "warm_start.method={name: trajp-l, steps: 2, head: none}"
+    with pytest.raises(ValueError, match=r"warm_start\.method\.name: got trajp-l with roles\.per_step=true"):
+        read_recipe("tdm4", [*changed, other, "warm_start.data={source: trajectories, count: 8}"], DistillRecipe)

@@ -481,7 +481,7 @@ def check_initial(recipe: DistillRecipe, teacher: Backbone) -> None:
     if (folder := initial_folder(recipe)) is not None:
         inherited_head(recipe.method, teacher, folder)
         if not is_foreign(folder):
-            require_same_lora(teacher, folder, recipe.roles)
+            require_same_lora(teacher, folder, recipe.roles, max(recipe.method.counts))
     require_preview_steps(recipe, teacher)
     if isinstance(teacher, PixelModel) and recipe.preview.prompts:
         with in_options({"prompts": "preview.prompts"}):

@@ -180,6 +180,11 @@ class GanConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "method.gan")
+        if self.features == "fake" and not self.weight:
+            raise ValueError(
+                "method.gan.features: got fake with method.gan.weight=0, which has no discriminator; set the weight "
+                "above 0, or leave features out"
+            )
 
 
 @speaks_python("method")
@@ -385,17 +390,18 @@ class DistributionMatching(Method):
         return self.sample_solver or self.solver
 
     @property
-    def against_per_step(self) -> tuple[str, str, str] | None:
+    def against_per_step(self) -> tuple[str, str, str, str] | None:
         if len(self.counts) > 1 or self.counts == (1,):
-            return "steps", str(list(self.counts)), "set it to one count from 2, such as 4"
-        for option, got, off in (
-            ("random_times", self.random_times, False),
-            ("ladder", list(self.ladder), []),
-            ("analytic_first_step", self.analytic_first_step, False),
-            ("fake.pull", self.fake.pull, 0.0),
+            got = str(list(self.counts) if len(self.counts) > 1 else 1)
+            return "steps", got, "one step count of several steps", "set it to one count from 2, such as 4"
+        for option, value, off, needs in (
+            ("random_times", self.random_times, False, "fixed times"),
+            ("ladder", list(self.ladder), [], "one step count"),
+            ("analytic_first_step", self.analytic_first_step, False, "a network in every step"),
+            ("fake.pull", self.fake.pull, 0.0, "a fake score that is pulled to no student, for there are several"),
         ):
-            if got != off:
-                return option, str(got).lower(), "leave it out"
+            if value != off:
+                return option, str(value).lower(), needs, "leave it out"
         return None
 
     def count_at(self, iteration: int, iterations: int, rng: torch.Generator) -> int:

@@ -184,12 +184,12 @@ class Method(ABC):
         return False
 
     @property
-    def against_per_step(self) -> tuple[str, str, str] | None:
+    def against_per_step(self) -> tuple[str, str, str, str] | None:
         """The setting that keeps steps from having weights of their own.
 
-        Its option, its value and the cure; None where they may. See `per_step`.
+        Its option, its value, what is needed and the cure; None where they may. See `per_step`.
         """
-        return "name", self.name, "set it to tdm or another method of distribution matching"
+        return "name", self.name, "distribution matching", "set it to tdm or another method of distribution matching"
 
     def times(self, schedule: Schedule, steps: int | None = None) -> Tensor:
         """Return the student's time grid `[K + 1]` for a step count.

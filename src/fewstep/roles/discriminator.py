@@ -29,7 +29,7 @@ def features(backbone: Backbone, network: nn.Module, x: Tensor, t: Tensor, cond:
     if not layers:
         raise ValueError(
             "method.gan: this network names no layers to look at; name them in Denoiser(feature_layers=(...)), or "
-            "set method.gan=0"
+            "set method.gan.weight=0"
         )
     found: dict[str, Tensor] = {}
 

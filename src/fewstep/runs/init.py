@@ -130,13 +130,13 @@ def inherited_head(method: Method, teacher: Backbone, init_from: Path | None) ->
     return head
 
 
-def require_same_lora(teacher: Backbone, folder: Path, config: RolesConfig) -> None:
-    """Check that a run can continue a finished student's LoRA.
+def require_same_lora(teacher: Backbone, folder: Path, config: RolesConfig, steps: int) -> None:
+    """Check that a run for `steps` steps can continue a finished student.
 
     Raises ValueError where the run trains other weights, the teacher lacks its layers, or the rank is another.
     """
     card = read_card(folder)
-    _require_kind(card, folder, config)
+    _require_kind(card, folder, config, steps)
     if card.weights != "lora":
         return
     place = step_folders(folder, card)[0]
@@ -152,7 +152,7 @@ def require_same_lora(teacher: Backbone, folder: Path, config: RolesConfig) -> N
         raise ValueError(f"init_from: {folder} has a LoRA of rank {rank}, got {config.rank}; set roles.rank={rank}")
 
 
-def _require_kind(card: StudentCard, folder: Path, config: RolesConfig) -> None:
+def _require_kind(card: StudentCard, folder: Path, config: RolesConfig, steps: int) -> None:
     if (card.weights != "full") != config.lora:
         raise ValueError(
             f"init_from: {folder} is a student of weights {card.weights}; "
@@ -163,6 +163,11 @@ def _require_kind(card: StudentCard, folder: Path, config: RolesConfig) -> None:
             f"init_from: {folder} is a student with weights of its own for each of its {card.steps[0]} steps; "
             "set roles.per_step=true"
         )
+    if card.per_step and card.steps[0] != steps:
+        raise ValueError(
+            f"init_from: {folder} has weights for {card.steps[0]} steps, this student is to have them for {steps}; "
+            f"set method.steps={card.steps[0]}"
+        )
 
 
 def initialize(roles: Roles, folder: Path) -> None:
@@ -172,7 +177,7 @@ def initialize(roles: Roles, folder: Path) -> None:
     fit.
     """
     card = read_card(folder)
-    _require_kind(card, folder, roles.config)
+    _require_kind(card, folder, roles.config, len(roles.step_names))
     if card.weights == "none":
         return  # a head alone, which `roles_for` has set
     parts, layer = read_parts(folder, roles.backbone), roles.backbone.time_layer
@@ -180,11 +185,6 @@ def initialize(roles: Roles, folder: Path) -> None:
     carries = layer and not parts.vectors and any(k.startswith(f"{layer}.lora_") for k in parts.lora or {})
     check_conditioning(str(folder), values, roles.condition_values, layer if carries else "")
     states = [p.lora if p.network is None else p.network.state_dict() for p in (parts, *parts.later)]
-    if card.per_step and len(states) != len(roles.step_names):
-        raise ValueError(
-            f"init_from: {folder} has weights for {len(states)} steps, this student is to have them for "
-            f"{len(roles.step_names)}; set method.steps={len(states)}"
-        )
     state, *later = [state for state in states if state is not None]
     roles.start_from(state, parts.vectors, later)
 

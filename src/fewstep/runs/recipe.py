@@ -32,7 +32,7 @@ from ..core.guidance import Guidance
 from ..data.teacher_images import TEACHER_IMAGES, TEACHER_STEPS
 from ..heads.head import KINDS, require_steps
 from ..methods.method import Method, require_initial_student
-from ..methods.per_step import require_per_step
+from ..methods.per_step import require_per_step, require_same_steps
 from ..methods.presets import METHODS, PRESETS, require_roles
 from ..names import expanded, require_name
 from ..reading import reason, text_in, unreadable
@@ -337,12 +337,13 @@ class DistillRecipe(Strict):
     @model_validator(mode="after")
     def _stages_fit(self) -> "DistillRecipe":
         """Check that the stages fit, before anything is generated or trained."""
-        for method, train in (
-            (self.method, self.train),
-            *([(self.warm_start.method, self.warm_start.train)] if self.warm_start is not None else []),
+        first = self.warm_start
+        for place, method, train in (
+            ("method", self.method, self.train),
+            *([("warm_start.method", first.method, first.train)] if first is not None else []),
         ):
             require_roles(method.name, self.roles)
-            require_per_step(method, self.roles, train.shard)
+            require_per_step(method, self.roles, train.shard, place)
             require_updates(method, train.iterations)
             require_groups(method, train.batch)
             require_reward(method, None)
@@ -352,6 +353,7 @@ class DistillRecipe(Strict):
             )
         if self.warm_start is not None:
             own, most = self.warm_start.method, max(self.method.counts)
+            require_same_steps(own, self.method, self.roles)
             require_initial_student(
                 self.method, own.head if own.head in KINDS else "", own.analytic_first_step, "the first stage's student"
             )

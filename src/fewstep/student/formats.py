@@ -77,13 +77,13 @@ def export(student: Student, out: Path, form: str, dtype: torch.dtype | None = N
         raise ValueError(f"--format: got {form!r}, allowed are {', '.join(FORMATS)}")
     how = FORMATS[form]
     if own_network and not how.own:
-        allowed = ", ".join(name for name, known in FORMATS.items() if known.own)
-        raise ValueError(f"--format: got {form}, which {how.elsewhere}; of a network of one's own there are {allowed}")
+        able = [name for name, known in FORMATS.items() if known.own and not (known.whole and student.card.per_step)]
+        allowed, there = ", ".join(able), "there are" if able[1:] else "there is"
+        raise ValueError(f"--format: got {form}, which {how.elsewhere}; of a network of one's own {there} {allowed}")
     if student.card.per_step and how.whole:
-        allowed = ", ".join(name for name, known in FORMATS.items() if not known.whole)
         raise ValueError(
             f"--format: got {form}, which is one network, and each step of this student has weights of its own; "
-            f"allowed are {allowed}: run fewstep export STUDENT {out} --format student"
+            f"choose {_without_networks(student, own_network)}"
         )
     if os.path.lexists(out):
         raise ValueError(f"DIR: {out} is there already; choose another folder")
@@ -141,6 +141,12 @@ def write_student(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
     return draw(Student.read(out, student.backbone if student.base is None else student.base))
 
 
+def _without_networks(student: Student, own_network: bool) -> str:
+    """Return the formats that hold a student's weights of several steps."""
+    able = {name: known for name, known in FORMATS.items() if not known.whole and (known.own or not own_network)}
+    return " or ".join(name for name in able if name != "kohya" or student.card.weights == "lora")
+
+
 def write_kohya(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
     """Write a folder like `final/`, and sample from kohya's file.
 
@@ -151,7 +157,8 @@ def write_kohya(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
     _require_stock(student.card)
     if student.card.weights != "lora":
         raise ValueError(
-            "--format: got kohya, which is for LoRA, and this student has none; choose student, merged or pipeline"
+            "--format: got kohya, which is for LoRA, and this student has none; choose "
+            + ("student" if student.card.per_step else "student, merged or pipeline")
         )
     if pipeline_info(pipe).part != "unet" or not pipeline_info(pipe).loads_lora:
         raise ValueError(
