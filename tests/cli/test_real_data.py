@@ -97,10 +97,12 @@ def test_imitation_starts_from_the_teachers_own_images(
 def test_the_term_and_the_images_go_together(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command(monkeypatch, "distill", recipe, "--set", "method.gan=0.1") == 2
-    assert "data.source: method tdm needs images; pass a folder of captioned ones" in error_of(capsys)
-    assert command(monkeypatch, "distill", recipe, "--set", "method.gan=0.1", "--set", "data.source=nowhere") == 2
-    assert "data.source: there is no nowhere" in error_of(capsys)
+    for dry in ((), ("--dry-run",)):
+        assert command(monkeypatch, "distill", recipe, "--set", "method.gan=0.1", *dry) == 2
+        assert "data.source: method tdm needs images; pass a folder of captioned ones" in error_of(capsys)
+        nowhere = ("--set", "method.gan=0.1", "--set", "data.source=nowhere", *dry)
+        assert command(monkeypatch, "distill", recipe, *nowhere) == 2
+        assert "data.source: there is no nowhere" in error_of(capsys)
 
 
 @pytest.mark.usefixtures("uncounted")

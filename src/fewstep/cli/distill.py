@@ -19,6 +19,7 @@ from ..backbones.load import at_size, fused, quiet
 from ..backbones.meta import require_loadable
 from ..backbones.unconditional import PixelModel
 from ..core import timegrid
+from ..data.captioned import require_there
 from ..data.prompts import Embeddings, Split, embed, embedding_bytes
 from ..data.trajectories import Trajectories, TrajectoryConfig
 from ..evaluation.scorer import NO_EXTRA
@@ -52,7 +53,7 @@ from ..runs.record import versions
 from ..runs.watch import Trend
 from ..student.folder import card_time, find_folder, read_card, require_folder
 from ..training.ledger import storage_bytes
-from ..training.loop import Step, default_device, distill, require_trajectories, restore
+from ..training.loop import Step, default_device, distill, require_images, require_trajectories, restore
 from ..training.optimizer import OptimizerName, state_bytes
 from ..training.optimizer import require as require_optimizer
 from ..training.precision import dtype_of_blocks, fix_workspace
@@ -478,6 +479,11 @@ def check_initial(recipe: DistillRecipe, teacher: Backbone) -> None:
     The students are those of `init_from`, `data.from_student` and the warm start. The previews' steps and
     prompts are checked, too. Raises ValueError.
     """
+    for stage in [recipe] if recipe.warm_start is None else [first_stage(recipe), recipe]:
+        of = None if stage.data is None or stage.data.source == "trajectories" else stage.data.source
+        require_images(stage.method, of is not None)
+        if of not in (None, "teacher"):
+            require_there(of)
     if (folder := initial_folder(recipe)) is not None:
         inherited_head(recipe.method, teacher, folder)
         if not is_foreign(folder):

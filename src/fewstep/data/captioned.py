@@ -73,6 +73,14 @@ class Caption(NamedTuple):
     origin: str
 
 
+def require_there(source: str) -> None:
+    """Check that there is a source of images. Raises ValueError."""
+    if not Path(source).exists():
+        raise ValueError(
+            f"{OPTION}: there is no {printable(source)}; pass a folder of images or of webdataset .tar files"
+        )
+
+
 def read_images(source: str) -> tuple[list[Captioned], Found]:
     """Read all captioned images of a source, in a fixed order.
 
@@ -86,11 +94,8 @@ def read_images(source: str) -> tuple[list[Captioned], Found]:
 
     Raises ValueError with one line if there is no image, or if an image cannot be used.
     """
+    require_there(source)
     path = Path(source)
-    if not path.exists():
-        raise ValueError(
-            f"{OPTION}: there is no {printable(source)}; pass a folder of images or of webdataset .tar files"
-        )
     if not path.is_dir():
         require_regular(path, OPTION, "pass a folder of images or of webdataset .tar files")
     every = (

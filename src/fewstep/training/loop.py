@@ -268,6 +268,23 @@ def require_trajectories(method: Method, given: bool) -> None:
         raise ValueError(f"data.source: method {method.name} {needs} trajectories of the teacher; {cure}")
 
 
+def require_images(method: Method, given: bool) -> None:
+    """Check that a method gets images if it needs them.
+
+    Raises ValueError for needed images that are missing, and for images that the method does not take.
+    """
+    if method.needs.images != given:
+        needs, cure = (
+            ("needs images", "pass a folder of captioned ones, or teacher for the teacher's own")
+            if method.needs.images
+            else (
+                "is trained from prompts alone, which images need method.gan.weight above 0 to change",
+                "leave data out",
+            )
+        )
+        raise ValueError(f"data.source: method {method.name} {needs}; {cure}")
+
+
 def _require_plain(method: Method, context: int) -> None:
     """Check that processes may share the tokens of samples.
 
@@ -327,22 +344,7 @@ def _iterations(
     rank = accelerator.process_index * groups // accelerator.num_processes  # neighbours that share tokens have the same
     _require_plain(method, accelerator.num_processes // groups)
     require_trajectories(method, paths is not None)
-    if method.needs.images != (real is not None):
-        raise ValueError(
-            (
-                f"data.source: method {method.name} "
-                f"""{
-                    "needs images"
-                    if method.needs.images
-                    else "is trained from prompts alone, which images need method.gan above 0 to change"
-                }; """
-            )
-            + (
-                "pass a folder of captioned ones, or teacher for the teacher's own"
-                if method.needs.images
-                else "leave data out"
-            )
-        )
+    require_images(method, real is not None)
     require_updates(method, config.iterations)
     require_groups(method, config.batch)
     if method.needs.reward != (roles.reward is not None):
