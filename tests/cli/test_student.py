@@ -185,6 +185,15 @@ def test_a_start_of_another_rank_or_family_is_refused_before_the_run(
         require_same_lora(other, final, RolesConfig(rank=2), 2)
 
 
+def test_an_untrained_step_count_is_said_once(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """With the option's name, and not by Python's warning as well."""
+    out = str(tmp_path / "x.png")
+    assert command(monkeypatch, "sample", str(trained), "-p", "red cat", "--steps", "3", "-o", out) == 0
+    assert not [w for w in recwarn if "was trained for" in str(w.message)]
+
+
 @pytest.mark.slow
 def test_a_stochastic_student_is_the_same_in_diffusers(
     recipe: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch

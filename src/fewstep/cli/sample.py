@@ -4,6 +4,7 @@ On request the teacher's images stand next to the student's.
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -209,7 +210,9 @@ def _timed(
         in_options({"steps": "--steps", "solver": "--solver", "prompts": "--prompt"}),
         working(f"drawing with the {who}", cost * len(prompts)) as tell,
         rows_told(network, tell),
+        warnings.catch_warnings(),
     ):
+        warnings.filterwarnings("ignore", "steps: got")  # said with the option's name
         result = sample(model, prompts, seeds, steps=steps, guidance=guidance, solver=solver)
     seconds = (time.perf_counter() - began) / len(prompts)
     if flat := sum(float(image.amax() - image.amin()) < FLAT for image in result):
