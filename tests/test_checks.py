@@ -13,7 +13,7 @@ from fewstep import objectives
 from fewstep.backbones.base import Cond, Denoiser
 from fewstep.checks import Inputs, check_backbone, check_objective
 from fewstep.objectives.adversarial import GAN_LOSSES, gradient_penalty
-from fewstep.objectives.denoising import denoising
+from fewstep.objectives.denoising import denoising, martingale
 from fewstep.objectives.fisher import fisher
 from fewstep.objectives.regression import REGRESSION_LOSSES
 from fewstep.objectives.reverse_kl import SURROGATE_LOSSES
@@ -50,12 +50,15 @@ OBJECTIVES: dict[str, tuple[Objective, Inputs, tuple[int, ...]]] = {
     },
     "denoising": (denoising, states("x", "x", "n"), (0,)),
     "fisher": (fisher, states("x", "x", "x", "n"), (0, 1, 2)),
+    "martingale": (martingale, states("x", "x", "x"), (0, 1, 2)),
     "group preference": (lambda e, r, a: group_preference(e, r, a, 1, 1.0), states("n", "n", "n"), (0,)),
     "r1": (penalty, states("x", "x"), (0, 1)),
 }
 
 
 HELPERS = {
+    "ratio_weight",  # of all samples of a batch, whose mean it makes 1
+    "density_ratio",  # a weight without gradient
     "advantages",  # of a group of rewards, which it compares
     "group_preference",  # above, with groups of one
     "fisher_loss",  # of a `MatchedState`: made of the objectives above

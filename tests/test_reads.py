@@ -73,6 +73,8 @@ ALLOWED = {
     "training.saving.free_memory": SYSTEM,
     "training.saving._numbers": SYSTEM,
     "notebook.png_of": BYTES,
+    "cli.beside._work": SYSTEM,
+    "cli.beside._result": OURS,
     "notebook._narrow": OURS,
     "student.folder.write_parts": BYTES,
     "student.student.Student.save": BYTES,

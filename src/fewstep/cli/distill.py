@@ -480,7 +480,9 @@ def check_initial(recipe: DistillRecipe, teacher: Backbone) -> None:
     prompts are checked, too. Raises ValueError.
     """
     for stage in [recipe] if recipe.warm_start is None else [first_stage(recipe), recipe]:
-        of = None if stage.data is None or stage.data.source == "trajectories" else stage.data.source
+        given = None if stage.data is None else stage.data.source
+        require_trajectories(stage.method, given == "trajectories")
+        of = None if given == "trajectories" else given
         require_images(stage.method, of is not None)
         if of not in (None, "teacher"):
             require_there(of)

@@ -26,7 +26,7 @@ def require_per_step(method: Method, roles: RolesConfig, sharded: bool = False, 
 
 
 def require_same_steps(first: Method, then: Method, roles: RolesConfig) -> None:
-    """Check that a student of one stage has as many sets of weights as the next one.
+    """Check that two stages have as many sets of weights.
 
     Raises ValueError otherwise.
     """
