@@ -343,6 +343,7 @@ def test_the_first_step_learns_where_the_teacher_lands(schedule: Schedule) -> No
     assert len(times) == 4
     with torch.no_grad():
         teacher = roles.teacher({k: v[first] for k, v in cond.items()}, null, Guidance(scale=3.0))
+        assert d.begun is not None
         *_, last = sample(teacher, schedule, d.begun[first], times, SOLVERS["ddim"])
     s, t = d.times[:2]
     ratio = schedule.sigma(t[None]) / schedule.sigma(s[None])

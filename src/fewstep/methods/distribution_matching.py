@@ -502,7 +502,7 @@ class NoisedSample(NamedTuple):
     segment: Tensor  # [B] 0 .. K-1, ascending, 0 starts from noise; on the CPU
     start: Tensor  # [B] time at which the step starts
     landing: Tensor  # [B] time at which the step ends
-    begun: Tensor  # state where the step starts
+    begun: Tensor | None  # state where the step starts, kept where the first step is regressed
     t: Tensor  # [B] time of x_m: the landing time, or the time of clean data
     tau: Tensor  # [B]
     landed: Tensor  # state where the step ends
@@ -571,7 +571,7 @@ def draw(
         segment=segment,
         start=high,
         landing=landing,
-        begun=start,
+        begun=start if method.first_step.weight else None,
         t=t,
         tau=tau,
         landed=landed,
@@ -657,6 +657,7 @@ def first_step_loss(method: DistributionMatching, roles: Roles, d: NoisedSample,
     count = int((d.segment == 0).sum())  # on the CPU; segments ascend, so these come first
     own = slice(0, max(count, 1))  # as many calls in every process
     times = timegrid.between(schedule, d.times[0], d.times[1], method.first_step.teacher_steps)
+    assert d.begun is not None
     begun = d.begun[own].detach()
     with torch.no_grad():
         teacher = roles.teacher(rows(d.cond, own), null, method.guidance)
