@@ -161,7 +161,7 @@ RACERS: dict[str, Racer] = {
     "dmd2-gan-own": dmd2(
         "5 fake updates, adversarial term on the fake score's features, real images",
         5,
-        {"gan": {**GAN, "features": "fake"}},
+        {"gan": {**GAN, "loss": "non-saturating", "features": "fake"}},
         "real",
     ),
     "dmd2-even": even("DMD2", "dmd2"),

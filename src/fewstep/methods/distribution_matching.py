@@ -173,7 +173,11 @@ class GanConfig:
 
     features: Literal["teacher", "fake"] = "teacher"
     """Whose features the discriminator's heads read: the frozen teacher's, or the fake score's, which the
-    discriminator's loss then trains, too, at the same weight (DMD2, arXiv 2405.14867)."""
+    discriminator's loss then trains, too (DMD2, arXiv 2405.14867)."""
+
+    feature_weight: Annotated[float, WEIGHT] = 0.01
+    """Weight of the discriminator's loss beside the fake score's own, where it reads the fake score's features; 0.01 is
+    what public code of DMD2 takes."""
 
     r1: Annotated[float, WEIGHT] = 0.0
     """Weight of the gradient penalty of the discriminator on real images."""
@@ -756,7 +760,8 @@ def matching_losses(method: DistributionMatching, roles: Roles, batch: TrainBatc
             value = value + method.fake.consistency * consistency_loss(schedule, fake, d, f_fake, rng)
         if method.gan.weight and method.gan.features == "fake" and not warming_up:
             assert batch.images is not None
-            value = value + method.gan.weight * discriminator_loss(method, roles, d, batch.images, of_features=True)
+            judged = discriminator_loss(method, roles, d, batch.images, of_features=True)
+            value = value + method.gan.feature_weight * judged
         return Loss("fake", value, logged, together)
 
     def update_fake(d: NoisedSample) -> Loss:
