@@ -34,7 +34,7 @@ from fewstep.core.schedule import VP
 from fewstep.data.images import ImageData
 from fewstep.data.prompts import embed
 from fewstep.data.trajectories import Trajectories
-from fewstep.methods.distribution_matching import GanConfig
+from fewstep.methods.matching_settings import GanConfig
 from fewstep.methods.method import Method
 from fewstep.methods.presets import PRESETS, ROLES
 from fewstep.roles.roles import Roles, RolesConfig, make_roles

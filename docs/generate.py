@@ -22,7 +22,7 @@ from fewstep.backbones.rivals import RIVALS, Rival
 from fewstep.config_fields import allowed_text, field_texts
 from fewstep.core.guidance import Guidance
 from fewstep.evaluation.metrics import METRICS
-from fewstep.methods.distribution_matching import FakeScoreConfig, FirstStepConfig, GanConfig, MatchConfig, RewardConfig
+from fewstep.methods.matching_settings import FakeScoreConfig, FirstStepConfig, GanConfig, MatchConfig, RewardConfig
 from fewstep.methods.presets import METHODS, PRESETS
 from fewstep.roles.roles import RolesConfig
 from fewstep.runs.recipe import DataConfig, DistillRecipe, PreviewConfig, PromptsConfig, StageConfig

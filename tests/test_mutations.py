@@ -103,7 +103,7 @@ MUTATIONS = {
         "src/fewstep/roles/adapters.py", "    torch.clear_autocast_cache()\n", "", "tests/training/test_bf16.py"
     ),
     "the v-loss for every network": Mutation(
-        MATCHING,
+        "src/fewstep/methods/matching_settings.py",
         'weight: Annotated[str, OneOf(WEIGHTINGS)] = "own"',
         'weight: Annotated[str, OneOf(WEIGHTINGS)] = "v"',
         "tests/methods/test_distribution_matching.py",

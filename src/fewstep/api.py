@@ -26,14 +26,8 @@ from .data.trajectories import TrajectoryConfig
 from .evaluation.process import ProcessCheck, check_process
 from .findings import require
 from .methods.consistency import ConsistencyDistillation
-from .methods.distribution_matching import (
-    DistributionMatching,
-    FakeScoreConfig,
-    FirstStepConfig,
-    GanConfig,
-    MatchConfig,
-    RewardConfig,
-)
+from .methods.distribution_matching import DistributionMatching
+from .methods.matching_settings import FakeScoreConfig, FirstStepConfig, GanConfig, MatchConfig, RewardConfig
 from .methods.method import Method
 from .methods.per_step import require_per_step
 from .methods.presets import ROLES, preset, require_roles

@@ -6,7 +6,7 @@ import torch
 from fewstep.core.prediction import Row, edm_row, row_named, split, target
 from fewstep.core.schedule import EDM, VP, Flow, Schedule, diffuse
 from fewstep.core.weighting import min_snr, own_output, truncated_v
-from fewstep.methods.distribution_matching import FakeScoreConfig
+from fewstep.methods.matching_settings import FakeScoreConfig
 
 EPS = row_named("eps")
 TABLE = VP((1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0))

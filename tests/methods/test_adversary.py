@@ -12,14 +12,13 @@ from fewstep.backbones.base import EMBEDDED, Backbone, Cond
 from fewstep.core.schedule import expand
 from fewstep.methods.distribution_matching import (
     DistributionMatching,
-    FakeScoreConfig,
-    GanConfig,
     adversarial_loss,
     discriminator_loss,
     draw,
     matching_losses,
     student_logits,
 )
+from fewstep.methods.matching_settings import FakeScoreConfig, GanConfig
 from fewstep.methods.method import RealBatch
 from fewstep.objectives.adversarial import GAN_LOSSES
 from fewstep.roles.discriminator import Discriminator, features

@@ -14,14 +14,12 @@ from fewstep.core.schedule import expand
 from fewstep.core.weighting import own_output, truncated_v
 from fewstep.methods.distribution_matching import (
     DistributionMatching,
-    FakeScoreConfig,
-    GanConfig,
-    MatchConfig,
     NoisedSample,
     draw,
     fake_loss,
     student_loss,
 )
+from fewstep.methods.matching_settings import FakeScoreConfig, GanConfig, MatchConfig
 from fewstep.objectives.denoising import transition_target
 from fewstep.objectives.reverse_kl import SURROGATE_LOSSES
 from fewstep.roles.roles import Role, RolesConfig, make_roles

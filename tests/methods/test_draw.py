@@ -12,11 +12,11 @@ from fewstep.core.schedule import EDM, expand, transition
 from fewstep.core.solvers import Denoise, sample, solver_named
 from fewstep.methods.distribution_matching import (
     DistributionMatching,
-    MatchConfig,
     NoisedSample,
     draw,
     matching_losses,
 )
+from fewstep.methods.matching_settings import MatchConfig
 from fewstep.methods.method import draw_count, student_of
 from fewstep.roles.roles import Role, Roles, RolesConfig, make_roles
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fewstep.methods.distribution_matching import DistributionMatching, FakeScoreConfig, MatchConfig
+from fewstep.methods.distribution_matching import DistributionMatching
+from fewstep.methods.matching_settings import FakeScoreConfig, MatchConfig
 from fewstep.methods.presets import PRESETS, ROLES, preset, require_roles
 from fewstep.roles.roles import TRAINED, Role, RolesConfig, make_roles
 

@@ -14,11 +14,11 @@ from fewstep.core.guidance import Guidance
 from fewstep.data.prompts import embed
 from fewstep.methods.distribution_matching import (
     DistributionMatching,
-    RewardConfig,
     draw,
     reward_term,
     surrogate_loss,
 )
+from fewstep.methods.matching_settings import RewardConfig
 from fewstep.methods.method import TrainBatch
 from fewstep.methods.trajectory_imitation import TrajectoryImitation
 from fewstep.objectives.rewards import Reward

@@ -12,10 +12,6 @@ from fewstep.core.solvers import SOLVERS, sample
 from fewstep.data.prompts import embed
 from fewstep.methods.distribution_matching import (
     DistributionMatching,
-    FakeScoreConfig,
-    FirstStepConfig,
-    GanConfig,
-    MatchConfig,
     consistency_loss,
     draw,
     fake_loss,
@@ -24,6 +20,7 @@ from fewstep.methods.distribution_matching import (
     matching_losses,
     student_loss,
 )
+from fewstep.methods.matching_settings import FakeScoreConfig, FirstStepConfig, GanConfig, MatchConfig
 from fewstep.objectives.denoising import density_ratio, martingale
 from fewstep.objectives.divergences import DIVERGENCES
 from fewstep.objectives.f_divergences import RATIO_WEIGHTS, ratio_weight

@@ -16,7 +16,8 @@ from fewstep.data.trajectories import (
     Trajectories,
 )
 from fewstep.heads.head import KINDS
-from fewstep.methods.distribution_matching import DistributionMatching, GanConfig, draw
+from fewstep.methods.distribution_matching import DistributionMatching, draw
+from fewstep.methods.matching_settings import GanConfig
 from fewstep.methods.method import TrainBatch, student_of
 from fewstep.methods.presets import preset, require_roles
 from fewstep.methods.trajectory_imitation import TrajectoryImitation

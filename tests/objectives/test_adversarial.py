@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fewstep.methods.distribution_matching import GanConfig
+from fewstep.methods.matching_settings import GanConfig
 from fewstep.objectives.adversarial import GAN_LOSSES, gradient_penalty
 
 

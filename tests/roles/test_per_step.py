@@ -13,13 +13,8 @@ from fewstep.core.prediction import Split
 from fewstep.core.schedule import EDM, Flow
 from fewstep.core.solvers import Denoise
 from fewstep.data.prompts import embed
-from fewstep.methods.distribution_matching import (
-    DistributionMatching,
-    FakeScoreConfig,
-    RewardConfig,
-    draw,
-    matching_losses,
-)
+from fewstep.methods.distribution_matching import DistributionMatching, draw, matching_losses
+from fewstep.methods.matching_settings import FakeScoreConfig, RewardConfig
 from fewstep.methods.method import Method, TrainBatch, student_of
 from fewstep.methods.per_step import require_per_step
 from fewstep.methods.presets import preset

@@ -18,7 +18,7 @@ from fewstep.backbones.base import Backbone, Denoiser
 from fewstep.checks import check_backbone
 from fewstep.core.guidance import Guidance
 from fewstep.core.schedule import VP, Flow
-from fewstep.methods.distribution_matching import MatchConfig
+from fewstep.methods.matching_settings import MatchConfig
 from fewstep.methods.method import Method
 
 from .. import tiny

@@ -14,7 +14,8 @@ from fewstep.data.prompts import embed
 from fewstep.data.trajectories import Trajectories
 from fewstep.heads.head import make_head, unknown
 from fewstep.methods.consistency import ConsistencyDistillation
-from fewstep.methods.distribution_matching import DistributionMatching, FakeScoreConfig, GanConfig
+from fewstep.methods.distribution_matching import DistributionMatching
+from fewstep.methods.matching_settings import FakeScoreConfig, GanConfig
 from fewstep.methods.method import Loss, Method
 from fewstep.methods.presets import PRESETS, ROLES
 from fewstep.methods.progressive import ProgressiveDistillation

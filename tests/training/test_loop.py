@@ -14,7 +14,8 @@ from fewstep.core.guidance import Guidance
 from fewstep.core.schedule import VP, Flow
 from fewstep.data.prompts import embed
 from fewstep.methods.consistency import ConsistencyDistillation
-from fewstep.methods.distribution_matching import DistributionMatching, FakeScoreConfig
+from fewstep.methods.distribution_matching import DistributionMatching
+from fewstep.methods.matching_settings import FakeScoreConfig
 from fewstep.methods.method import Loss, TrainBatch
 from fewstep.methods.progressive import ProgressiveDistillation
 from fewstep.roles import adapters

@@ -16,7 +16,8 @@ from fewstep.backbones.load import load_teacher
 from fewstep.backbones.meta import meta_teacher
 from fewstep.data.images import ImageData
 from fewstep.data.prompts import Embeddings
-from fewstep.methods.distribution_matching import DistributionMatching, GanConfig, MatchConfig
+from fewstep.methods.distribution_matching import DistributionMatching
+from fewstep.methods.matching_settings import GanConfig, MatchConfig
 from fewstep.methods.method import Method
 from fewstep.methods.trajectory_imitation import TrajectoryImitation
 from fewstep.roles.quantized import quantize

@@ -23,7 +23,8 @@ from fewstep.backbones.parts import blocks_of
 from fewstep.data.images import ImageData
 from fewstep.data.prompts import embed
 from fewstep.methods.consistency import ConsistencyDistillation
-from fewstep.methods.distribution_matching import DistributionMatching, FakeScoreConfig, GanConfig, MatchConfig
+from fewstep.methods.distribution_matching import DistributionMatching
+from fewstep.methods.matching_settings import FakeScoreConfig, GanConfig, MatchConfig
 from fewstep.methods.method import Method
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.roles.sharding import whole

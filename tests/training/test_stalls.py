@@ -14,7 +14,8 @@ from fewstep.backbones.base import Cond
 from fewstep.data.images import ImageData
 from fewstep.data.prompts import Embeddings, embed
 from fewstep.data.trajectories import Trajectories
-from fewstep.methods.distribution_matching import DistributionMatching, FakeScoreConfig, GanConfig
+from fewstep.methods.distribution_matching import DistributionMatching
+from fewstep.methods.matching_settings import FakeScoreConfig, GanConfig
 from fewstep.methods.method import Method, TrainBatch
 from fewstep.methods.presets import PRESETS, ROLES
 from fewstep.roles.roles import TRAINED, Roles, RolesConfig

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from fewstep.methods.distribution_matching import FakeScoreConfig
+from fewstep.methods.matching_settings import FakeScoreConfig
 from fewstep.roles.roles import TRAINED
 from fewstep.training import loop
 from fewstep.training.loop import TrainConfig, distill

@@ -9,7 +9,8 @@ from typing import Any
 
 from ..roles.roles import RolesConfig
 from .consistency import ConsistencyDistillation
-from .distribution_matching import DistributionMatching, FakeScoreConfig, MatchConfig
+from .distribution_matching import DistributionMatching
+from .matching_settings import FakeScoreConfig, MatchConfig
 from .method import Method
 from .progressive import ProgressiveDistillation
 from .trajectory_imitation import TrajectoryImitation

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..evaluation.environments import ENVIRONMENTS, environment_scorer
 from ..evaluation.scorer import Scorer
-from ..methods.distribution_matching import DistributionMatching, RewardConfig
+from ..methods.distribution_matching import DistributionMatching
+from ..methods.matching_settings import RewardConfig
 from ..methods.method import Method
 from ..objectives.rewards import REWARDS, Reward
 from ..report.video import write_mp4
