@@ -32,9 +32,8 @@ from fewstep.training.fit import FitConfig, fit
 from fewstep.training.state import seeded
 from fewstep.zoo.pixel_data import FASHION, load_idx
 from fewstep.zoo.pixel_teacher import draw_times
-from trajpl_teachers import Classes
 
-SIZE, COUNT, UNIT, NEAREST = 14, 2000, 100.0, 3  # UNIT: the total variance of real features
+SIZE, COUNT, UNIT, NEAREST = 14, 5000, 100.0, 3  # UNIT: the total variance of real features
 FIT = FitConfig(steps=2200, batch=128, lr=2e-3, warmup=200, decay=1200, ema=0.995, checkpoint_every=100)
 
 
@@ -124,14 +123,31 @@ def states_of(teacher: Backbone, data: Clothes) -> ImageData:
     return ImageData(data.images, known.take(data.labels, "arena"), "arena")
 
 
-def classifier(data: Clothes, file: Path, steps: int = 1000, seed: int = 0) -> Classes:
+class Classifier(nn.Module):
+    """A classifier of 14x14 images, with 64 features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = ((1, 32, 1), (32, 64, 2), (64, 96, 2))
+        convolutions = (
+            nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.BatchNorm2d(b), nn.SiLU()) for a, b, stride in sizes
+        )
+        self.layers = nn.Sequential(*convolutions, nn.Flatten(), nn.Dropout(0.2), nn.Linear(96 * 16, 64), nn.SiLU())
+        self.out = nn.Linear(64, len(FASHION))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits [N, 10] of images [N, 1, 14, 14] in [-1, 1]."""
+        return self.out(self.layers(x))
+
+
+def classifier(data: Clothes, file: Path, steps: int = 4000, seed: int = 0) -> Classifier:
     """Train a classifier once, on mirrored images; the 64 features of seed 0 make the distances."""
     torch.manual_seed(seed)
-    net = Classes(len(FASHION))
+    net = Classifier()
     if file.exists():
         net.load_state_dict(load_file(file))
         return net.eval().requires_grad_(False)
-    rng, optimizer = torch.Generator().manual_seed(seed), torch.optim.AdamW(net.parameters(), 3e-3)
+    rng, optimizer = torch.Generator().manual_seed(seed), torch.optim.AdamW(net.parameters(), 3e-3, weight_decay=0.05)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
         rows = torch.randint(len(data.images), (128,), generator=rng)
@@ -143,7 +159,7 @@ def classifier(data: Clothes, file: Path, steps: int = 1000, seed: int = 0) -> C
     return net.eval().requires_grad_(False)
 
 
-def confidence(judge: Classes) -> Reward:
+def confidence(judge: Classifier) -> Reward:
     """Return the reward of a classifier's log-probability of an image's own class."""
 
     def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -162,7 +178,7 @@ def saturation(images: Tensor, prompts: Sequence[str]) -> Tensor:
 class Measures:
     """What an image set is compared with: real images in the classifier's features, of unit total variance x 100."""
 
-    net: Classes
+    net: Classifier
     scale: float
     truth: Moments
     real: Tensor  # [COUNT, 64]
@@ -189,7 +205,7 @@ class Measures:
         }
 
 
-def measures(net: Classes, test: Clothes) -> Measures:
+def measures(net: Classifier, test: Clothes) -> Measures:
     """Return the measures against the test images."""
     raw = net.layers(test.images).double()
     scale = (UNIT / float(raw.var(0).sum())) ** 0.5

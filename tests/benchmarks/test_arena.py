@@ -14,7 +14,7 @@ MEASURED = {"accuracy": 90.0, "precision": 0.5, "recall": 0.5, "diversity": 1.0}
 def row(key: str, rate: float, seed: int, fd: float, count: int = 4, stage: str = "race") -> dict[str, Any]:
     return {
         "stage": stage, "key": key, "count": count, "rate": rate, "seed": seed, "iterations": 10, "seconds": 9.0,
-        "measured": {str(count): MEASURED | {"fd": fd}},
+        "measured": {str(count): MEASURED | {"fd": fd}}, "images": 5000,
     }  # fmt: skip
 
 
@@ -88,9 +88,18 @@ def test_rows_of_rates_that_are_not_the_best_any_more_go(load: Load) -> None:
     rows = [
         row("tdm", 1e-4, 0, 3.5, stage="search"), row("tdm", 3e-5, 0, 3.0, stage="search"),
         row("tdm", 1e-4, 0, 3.5), row("tdm", 3e-5, 0, 3.0), row("gan-real", 1e-4, 0, 3.0, stage="settings"),
-        row("lcm", 1e-3, 0, 2.0), {"stage": "teacher", "steps": 4},
+        row("lcm", 1e-3, 0, 2.0), {"stage": "teacher", "steps": 4, "images": 5000},
     ]  # fmt: skip
     assert arena["up_to_date"](rows) == [*rows[:2], rows[3], *rows[5:]]
+
+
+def test_rows_that_were_measured_otherwise_go_but_for_the_search(load: Load) -> None:
+    arena = load("arena")
+    few = {"images": 2000}
+    rows = [row("tdm", 3e-5, 0, 3.0, stage="search") | few, row("tdm", 3e-5, 0, 3.0) | few, row("tdm", 3e-5, 1, 3.0)]
+    assert arena["up_to_date"](rows) == [rows[0], rows[2]]
+    text = arena["page"](sys.modules["records"].new_record("arena", "made up", rows[::2], (0,), {"seconds": 12.0}))
+    assert "Rates for 12 seconds were searched with 2,000 images" in " ".join(text.split())
 
 
 def test_every_setting_is_one_that_its_method_takes(load: Load) -> None:
