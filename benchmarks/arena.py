@@ -541,15 +541,13 @@ def up_to_date(rows: Sequence[Facts]) -> list[Facts]:
 
     A search stays as it was measured.
     """
+    kept = [r for r in rows if r["stage"] == "search" or r["images"] == COUNT]
     return [
-        r for r in rows
-        if r["stage"] == "search"
-        or r["images"] == COUNT and (
-            r["stage"] == "teacher"
-            or (r["stage"], r["seed"]) == ("longer", 0)
-            or not searched(r["key"], rows, r["count"] or 4)
-            or r["rate"] == best_rate(r["key"], rows, r["count"] or 4, r["stage"] == "longer")
-        )
+        r for r in kept
+        if r["stage"] in ("teacher", "search")
+        or (r["stage"], r["seed"]) == ("longer", 0)
+        or not searched(r["key"], kept, r["count"] or 4)
+        or r["rate"] == best_rate(r["key"], kept, r["count"] or 4, r["stage"] == "longer")
     ]  # fmt: skip
 
 
