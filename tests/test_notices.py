@@ -21,6 +21,10 @@ meta_teacher(sys.argv[1], torch.float32)
 logging.getLogger("transformers.utils.import_utils").warning(\
 "`CLIPImageProcessor` requires torchvision (not installed); falling back")
 logging.getLogger("diffusers.loaders.lora_base").warning("No LoRA keys associated to CLIPTextModel found")
+from peft import LoraConfig, inject_adapter_in_model
+net = torch.nn.Sequential(torch.nn.Linear(2, 2))
+for step in ("step_1", "step_2"):
+    inject_adapter_in_model(LoraConfig(target_modules=["0"]), net, step)
 print("---", file=sys.stderr)
 warnings.warn("ours", stacklevel=1)
 logging.getLogger("transformers.utils.import_utils").warning("theirs")

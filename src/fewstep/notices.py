@@ -23,6 +23,8 @@ def mute_others() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"diffusers\.")
     # The hub's remark on an argument that diffusers passes.
     warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated", UserWarning)
+    # peft's, where each step has a LoRA of its own.
+    warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
 
 
 def _for_users(record: logging.LogRecord) -> bool:
