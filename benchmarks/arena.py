@@ -80,7 +80,7 @@ from records import (
 )
 
 SEEDS, COUNTS, GUIDANCE, BATCH = (0, 1, 2), (4, 2, 1), 1.5, 32
-STAGES = ("teacher", "search", "race", "counts", "longer", "settings", "rewards")
+STAGES = ("teacher", "search", "race", "counts", "longer", "settings", "rewards", "averages")
 LONGER = 4  # times the seconds, for the nearest of a step count
 NEAREST = {
     4: ("tdm", "tdm-wide", "after-progressive"),
@@ -89,6 +89,7 @@ NEAREST = {
 Settings = dict[str, Any]
 RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)  # a search goes on until both neighbours of the best rate are worse
 MATCHING, HIGHER = 1e-4, 3e-4  # where it begins
+EMA, EMAS = 0.99, (0.0, 0.9, 0.97, 0.99, 0.997)  # of all students; those that are compared
 NOISE = 0.1  # of FD between draws of one model
 
 
@@ -286,7 +287,7 @@ def training(
     roles = replace(roles, reward=arena.rewards[racer.reward] if racer.reward else None)
     train = TrainConfig(
         iterations=iterations, batch=BATCH, lr=cell.rate, fake_lr=racer.fake * cell.rate, decay=iterations // 2,
-        ema=0.99, seed=cell.seed,
+        ema=EMA, seed=cell.seed,
     )  # fmt: skip
     images = {"": None, "real": arena.real}.get(racer.images) if method.needs.images else None
     if racer.images == "teacher":
@@ -376,6 +377,27 @@ def race(arena: Arena, stage: str, cell: Cell, paces: dict[str, float], rate: fl
         "images": COUNT,
         **origin(),
     }
+
+
+def averages(arena: Arena, cell: Cell, paces: Mapping[str, float]) -> Facts:
+    """Train one student for the budget, and measure several averages of its weights in 4 steps."""
+    racer, count, kept = everyone()[cell.key], first(everyone()[cell.key]), dict[float, list[Tensor]]()
+    method, iterations = method_of(racer, count), int(arena.a.seconds / paces[name_of(cell.key, count)])
+    for done, roles in enumerate(training(arena, racer, method, cell, iterations), 1):
+        weights = [p.detach() for p in roles.trained["student"].values()]
+        for decay in EMAS:
+            own = kept.setdefault(decay, [w.clone() for w in weights])
+            torch._foreach_lerp_(own, weights, 1 - min(decay, done / (done + 9)))
+    found = {}
+    for decay, own in kept.items():
+        for place, weight in zip(roles.trained["student"], own, strict=True):
+            roles.average[place].copy_(weight)
+        with roles.averaged(), torch.no_grad():
+            found[f"{decay:g}"] = measured(arena, method, roles, 4, cell, whole=False)
+    return {
+        "stage": "averages", "key": cell.key, "count": count, "rate": cell.rate, "seed": cell.seed,
+        "budget": arena.a.seconds, "iterations": iterations, "measured": found, "images": COUNT, **origin(),
+    }  # fmt: skip
 
 
 def measured(
@@ -468,7 +490,7 @@ def cells(stage: str, rows: Sequence[Facts], seed: int) -> Iterator[Cell]:
             for key, racer in RACERS.items():
                 if first(racer) and count in racer.counts and searched(key, rows):
                     yield from climbing(key, count, best_rate(key, rows), rows)
-    if stage == "race":
+    if stage == "race" or (stage == "averages" and seed == 0):
         yield from (Cell(key, first(r), best_rate(key, rows), seed) for key, r in RACERS.items())
     if stage == "counts":
         several = [(key, k) for k in (1, 2) for key, r in everyone().items() if first(r) and k in r.counts]
@@ -616,7 +638,8 @@ def page(record: Record) -> str:
         if lines := ranking(record, count, longer=True):
             head_line = f"{title}, {LONGER * seconds_of(record):g} CPU seconds each"
             parts.append(f"{head_line}\n\n{markdown([*RANKED, *head], lines)}")
-    return "\n\n".join([*parts, *settings_part(record), *rewards_part(record), *search_part(record)]) + "\n"
+    others = (settings_part, rewards_part, search_part, averages_part)
+    return "\n\n".join([*parts, *(line for part in others for line in part(record))]) + "\n"
 
 
 def ranking(record: Record, count: int, longer: bool = False) -> list[list[object]]:
@@ -718,6 +741,22 @@ def search_part(record: Record) -> list[str]:
         said += "images in the features of an earlier classifier: their FD is next to each other's alone."
     table = markdown(["method", "steps", "CPU seconds", *(f"{rate:g}" for rate in RATES)], lines)
     return [f"## The search of rates: FD, seed 0\n\n{wrapped(said)}\n\n{table}"]
+
+
+def averages_part(record: Record) -> list[str]:
+    """Return the table of averages of a student's weights."""
+    own = {r["key"]: r["measured"] for r in record.rows if r["stage"] == "averages"}
+    lines = [
+        [named(racer), *(f"{own[key][f'{decay:g}']['fd']:.2f}" for decay in EMAS)]
+        for key, racer in RACERS.items()
+        if key in own
+    ]
+    if not lines:
+        return []
+    said = f"All other tables have the average of decay {EMA:g}. These are averages of one training each, in 4 steps, "
+    said += "seed 0, at the best rate."
+    table = markdown(["method", *(f"{decay:g}" for decay in EMAS)], lines)
+    return [f"## The average of weights: FD by its decay\n\n{wrapped(said)}\n\n{table}"]
 
 
 def plot_race(record: Record, file: Path) -> None:
@@ -843,7 +882,10 @@ def raced(arena: Arena, stage: str, seed: int, rows: Sequence[Facts], paces: dic
     for cell in cells(stage, rows, seed):
         if cell.key in arena.a.keys and not any(r["stage"] == stage and equal(r, cell) for r in rows):
             begin = everyone()[cell.key].begin
-            yield race(arena, stage, cell, paces, best_rate(begin, rows, cell.count) if begin else 0.0)
+            if stage == "averages":
+                yield averages(arena, cell, paces)
+            else:
+                yield race(arena, stage, cell, paces, best_rate(begin, rows, cell.count) if begin else 0.0)
 
 
 def equal(row: Facts, cell: Cell) -> bool:

@@ -235,9 +235,8 @@ def common(name: str) -> dict[str, Any]:
 
 def of_arena(key: str, count: int = 4, longer: bool = False) -> list[dict[str, Any]]:
     """Return the rows of a method in the arena that was trained for a step count, or for several."""
-    raced = [
-        r for r in stored("arena") if r["stage"] not in ("teacher", "search") and longer == (r["stage"] == "longer")
-    ]
+    stages = ("longer",) if longer else ("race", "counts", "settings", "rewards")
+    raced = [r for r in stored("arena") if r["stage"] in stages]
     kinds = [r for r in raced if r["key"] == key and r["count"] in (0, count)]
     rate = common("arena").get("longer_rate", {}).get(f"{key}-{count}") if longer else None
     return [r for r in kinds if str(count) in r["measured"] and rate in (None, r["rate"])]

@@ -1,7 +1,9 @@
 """`benchmarks/arena.py`: its page of made-up rows, its order of trainings and its measures."""
 
 import sys
+from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,6 +102,26 @@ def test_rows_that_were_measured_otherwise_go_but_for_the_search(load: Load) -> 
     assert arena["up_to_date"](rows) == [rows[0], rows[2]]
     text = arena["page"](sys.modules["records"].new_record("arena", "made up", rows[::2], (0,), {"seconds": 12.0}))
     assert "Rates for 12 seconds were searched with 2,000 images" in " ".join(text.split())
+
+
+def test_the_average_that_is_kept_is_one_of_those_that_are_compared(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its distance is the race's, and without an average it is another."""
+    arena = load("arena")
+    own = sys.modules["arena_teacher"]
+    monkeypatch.setattr(own, "COUNT", 40)
+    torch.manual_seed(0)
+    teacher, net = own.backbone_of(own.Painter(8).eval()), own.Classifier().eval().requires_grad_(False)
+    test = own.Clothes(torch.rand(80, 1, 14, 14) * 2 - 1, torch.arange(80) % 10)
+    data = arena["embed"](teacher, list(arena["FASHION"]), None, "painter")
+    a = Namespace(seconds=12.0, out=tmp_path)
+    made = arena["Arena"](teacher, own.measures(net, test), data, own.states_of(teacher, test), {}, a)
+    cell, paces = arena["Cell"]("lcm", 4, 1e-3, 0), {"lcm-4": 1.0}
+    raced, found = arena["race"](made, "race", cell, paces), arena["averages"](made, cell, paces)
+    fds = {decay: m["fd"] for decay, m in found["measured"].items()}
+    assert fds["0.99"] == pytest.approx(raced["measured"][4]["fd"], rel=1e-5)
+    assert abs(fds["0"] - fds["0.99"]) > 1e-3 and found["iterations"] == raced["iterations"] == 12
 
 
 def test_every_setting_is_one_that_its_method_takes(load: Load) -> None:
