@@ -95,7 +95,12 @@ def test_a_disk_that_is_too_small_is_refused(
     full = shutil.disk_usage(".")._replace(free=100)
     monkeypatch.setattr("fewstep.runs.rehearsal.shutil.disk_usage", lambda path: full)
     assert fewstep(monkeypatch, "distill", recipe, *FEW) == 2
-    assert "for what a run keeps, 0.1 KiB are free; free some space, or choose another folder" in error_of(capsys)
+    printed = capsys.readouterr()
+    assert "for what a run keeps, 0.1 KiB are free; free some space, or choose another folder" in printed.err
+    assert "  NO  disk" in printed.out and "  ok  folder" in printed.out
+    assert fewstep(monkeypatch, "distill", recipe, *FEW, "--quiet") == 2
+    said = capsys.readouterr().out
+    assert "  NO  disk" in said and "  ok" not in said
     assert not list(Path("runs").rglob("*.safetensors"))
 
 

@@ -59,9 +59,7 @@ def look_before(
         if all(check.holds for check in (*room, *found)):
             with working("writing and reading a trial student"):
                 found += [student_check(trial, place / "trial") for trial in trials]
-        console.print("before the training:")
-        show_checks([*room, *found])
-        console.print(f"  {len(room) + len(found)} checks in {time.monotonic() - began:.1f} s")
+        _show([*room, *found], time.monotonic() - began)
         require(room, "--out")
         require(found, f"teacher: {stages[0].teacher}")
 
@@ -75,12 +73,20 @@ def look_before_finetune(recipe: FinetuneRecipe, teacher: Backbone, run: Path) -
     checkpoint counts as nothing. Raises ValueError.
     """
     checkpoint = 0 if recipe.roles.lora else 4 * module_bytes(teacher.module)
-    disk = disk_check(KEPT * checkpoint + module_bytes(*networks(pipeline_of(teacher))), run)
+    began, disk = time.monotonic(), disk_check(KEPT * checkpoint + module_bytes(*networks(pipeline_of(teacher))), run)
     found = conformance(teacher)
-    console.print("before the training:")
-    show_checks([disk, *found])
+    _show([disk, *found], time.monotonic() - began)
     require([disk], "--out")
     require(found, f"teacher: {recipe.teacher}")
+
+
+def _show(checks: Sequence[Check], seconds: float) -> None:
+    """Print all checks; none of those that hold where `--quiet` was asked for."""
+    shown = [check for check in checks if console.shows_progress or not check.holds]
+    if shown:
+        console.print("before the training:")
+        show_checks(shown)
+        console.print(f"  {len(checks)} checks in {seconds:.1f} s")
 
 
 def _data_bytes(stages: Sequence[DistillRecipe], teacher: Backbone, prompts: Sequence[str]) -> int:

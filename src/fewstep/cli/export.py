@@ -10,7 +10,7 @@ from ..backbones.load import quiet
 from ..backbones.student_scheduler import pipeline_nfe
 from ..report.words import plural
 from ..student.card import DTYPES, card_nfe
-from ..student.folder import require_folder
+from ..student.folder import HEAD_FILE, require_folder
 from ..student.formats import FORMATS, export, name_of
 from .loading import hashed
 from .preflight import require_parent
@@ -71,6 +71,8 @@ def run_export(
         f"{out.resolve()}\n{plural(count, 'step')}, loaded again and compared: "
         f"largest difference of a pixel {found.difference:.1e}{rounded}"
     )
+    if card.head and FORMATS[form].whole:
+        console.print(f"note: its head stays beside the network, in {HEAD_FILE}; sampling with it needs fewstep")
     for line in in_other_programs(out, source):
         console.print(line, markup=False, highlight=False)
     put_result(
