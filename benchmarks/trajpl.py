@@ -122,11 +122,20 @@ PARTS: dict[str, dict[str, Student]] = {
         "lora-pas": Student("LoRA and shared weights", {"head": "shared"}, {"rank": 8}),
         "trajp-l": LORAS["trajp-l"],
         "trajp-l-curve": LORAS["trajp-l-curve"],
+        "trajp-l-2": replace(LORAS["trajp-l"], label="LoRA of rank 2 and span head (TrajP-L)", roles={"rank": 2}),
     },
     "data": {
         f"{key}-{n}": replace(student, label=f"{student.label}, {n:,} trajectories", trajectories=n)
         for key, student in (("head", HEADS["head"]), ("trajp-l", LORAS["trajp-l"]))
         for n in (50, 200, 1000, 5000)
+    }
+    | {
+        "trajp-l-2-5000": Student(
+            "LoRA of rank 2 and span head (TrajP-L), 5,000 trajectories",
+            {"head": "span"},
+            {"rank": 2},
+            trajectories=5000,
+        )
     },
     "pixel": of_rank(2)
     | {
