@@ -313,7 +313,7 @@ def arena_longer() -> str:
     lines = [
         (record["common"]["label"][key], k, spread(arena_fd(key, k)), spread(arena_fd(key, k, True)),
          spread([r["measured"][str(k)]["diversity"] for r in of_arena(key, k, True)]), len(arena_fd(key, k, True)))
-        for key, k in sorted(counts, key=lambda one: (-one[1], mean(arena_fd(*one, True))))
+        for key, k in sorted(counts, key=lambda one: (-one[1], mean(arena_fd(one[0], one[1], True))))
     ]  # fmt: skip
     return table(("model", "steps", "30 CPU seconds", "120 CPU seconds", "diversity", "seeds"), lines)
 
@@ -438,10 +438,16 @@ def claims() -> str:
 
         return far("tdm-4-."), far("lcm-."), far("dmd2-5-.")
 
-    def taken(key: str, what: str) -> float:
-        floors = next(r["teacher"] for r in stored("trajpl") if r["part"] == "pixel")
-        start = mean(_measured("pixel", "ddim", what, 2))
-        return 100 * (start - mean(_measured("pixel", key, what, 2))) / (start - floors[what])
+    def taken(key: str, what: str, part: str = "pixel") -> float:
+        return mean(_shares_taken(part, key, what))
+
+    def share(part: str, key: str) -> float:
+        return next(100 * r["share"] for r in stored("trajpl") if (r["part"], r["key"]) == (part, key))
+
+    def abstract(claim: str, part: str, key: str, what: str, on: str) -> list[str]:
+        gone = taken(key, what, part)
+        told = f"{gone:.1f} of 100 on {on}, with {share(part, key):.1f} % of its weights"
+        return [claim, "TrajP-L abstract", "holds" if gone >= 97 else "does not hold", told, "`trajpl.md`"]
 
     def minutes(key: str) -> float:
         return mean(r["seconds"] for r in runs("tdm", key)) / 60
@@ -548,13 +554,14 @@ def claims() -> str:
             "`arena_tuned.md`",
         ),
         unmeasured("VBench rises from 80.91 to 81.65", "TDM tab. 4", "no CogVideoX weights; a tiny one in `video.md`"),
-        [
-            "most of DDIM's excess at 2 calls goes, 97 of 100 parts",
-            "TrajP-L abstract",
-            "holds" if taken("trajp-l", "fd_classes") >= 97 else "does not hold",
-            f"{taken('trajp-l', 'fd_classes'):.1f} of 100 on the pixel teacher",
-            "`trajpl.md`",
-        ],
+        abstract(
+            "most of DDIM's excess at 2 calls goes, 97 of 100 parts, by a student for 1 to 6 calls",
+            "network",
+            "trajp-l-2",
+            "fd_data",
+            "a small network's mixture",
+        ),
+        abstract("the same in images", "pixel", "trajp-l", "fd_classes", "the pixel teacher"),
         [
             "head and LoRA together are better than each alone",
             "TrajP-L (reviews)",
@@ -699,18 +706,23 @@ def trajpl_matched() -> str:
 
 
 def _taken(known: Mapping[str, str]) -> str:
-    """Return how much of what DDIM adds in two steps students take away, in percent."""
-    floors = next(r["teacher"] for r in stored("trajpl") if r["part"] == "pixel")
+    """Return a table of how much of what DDIM adds in two steps students take away."""
 
     def taken(key: str, what: str) -> str:
-        start = mean(_measured("pixel", "ddim", what, 2))
-        values = [100 * (start - x) / (start - floors[what]) for x in _measured("pixel", key, what, 2)]
+        values = _shares_taken("pixel", key, what)
         return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
     return table(
         ("method", "classifier's features", "EfficientNet-lite0's features"),
         [(name, taken(key, "fd_classes"), taken(key, "fd")) for key, name in known.items()],
     )
+
+
+def _shares_taken(part: str, key: str, what: str) -> list[float]:
+    """Return how much of what DDIM adds in two steps a student takes away, in percent, seed by seed."""
+    floor = next(r["teacher"] for r in stored("trajpl") if r["part"] == part)[what]
+    start = mean(_measured(part, "ddim", what, 2))
+    return [100 * (start - x) / (start - floor) for x in _measured(part, key, what, 2)]
 
 
 def video() -> str:
