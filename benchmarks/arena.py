@@ -84,6 +84,7 @@ STAGES = ("teacher", "search", "race", "counts", "longer", "settings", "rewards"
 LONGER = 4  # times the seconds, for the nearest of a step count
 NEAREST = {
     4: ("tdm", "tdm-wide", "after-progressive"),
+    2: ("after-progressive", "tdm-wide"),
     1: ("after-progressive", "tdm", "diff-instruct"),
 }
 Settings = dict[str, Any]

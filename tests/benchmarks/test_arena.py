@@ -47,7 +47,7 @@ def test_longer_trainings_have_tables_of_their_own(load: Load) -> None:
 def test_longer_trainings_climb_to_rates_of_their_own(load: Load) -> None:
     """The shorter time's rate is where the climb begins, and the other seeds take the longer one's."""
     arena = load("arena")
-    rows = [row(key, 1e-4, 0, 3.0, k, "search") for key in arena["RACERS"] for k in (4, 1)]
+    rows = [row(key, 1e-4, 0, 3.0, k, "search") for key in arena["RACERS"] for k in (4, 2, 1)]
     for cell in arena["cells"]("longer", rows, 0):
         fd = {3e-6: 4.0, 1e-5: 2.0, 3e-5: 3.0}.get(cell.rate, 5.0)
         rows.append(row(cell.key, cell.rate, 0, fd, cell.count, "longer") | {"count": cell.count})
@@ -80,7 +80,9 @@ def test_the_search_climbs_to_the_best_rate_and_later_stages_take_it(load: Load)
         assert {c.rate for c in cells} == {best[4]} and len(cells) == len(own)
     assert {c.rate for c in arena["cells"]("counts", rows, 1) if c.key == "after-lcm"} == {best[2], best[1]}
     nearest = [*arena["cells"]("longer", rows, 1)]
-    assert {(c.count, c.rate) for c in nearest} == {(1, best[1]), (4, best[4])} and "tdm" in {c.key for c in nearest}
+    assert {(c.count, c.rate) for c in nearest} == {(k, best[k]) for k in (4, 2, 1)} and "tdm" in {
+        c.key for c in nearest
+    }
     with pytest.raises(SystemExit, match="no rate in 4 steps yet"):
         list(arena["cells"]("race", [], 0))
 
