@@ -88,7 +88,7 @@ NEAREST = {
     1: ("after-progressive", "tdm", "diff-instruct"),
 }
 Settings = dict[str, Any]
-RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)  # a search goes on until both neighbours of the best rate are worse
+RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)  # a search goes on until both neighbours of the best rate are worse
 MATCHING, HIGHER = 1e-4, 3e-4  # where it begins
 EMA, EMAS = 0.99, (0.0, 0.9, 0.97, 0.99, 0.997)  # of all students; those that are compared
 NOISE = 0.1  # of FD between draws of one model
