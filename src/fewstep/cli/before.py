@@ -81,7 +81,7 @@ def look_before_finetune(recipe: FinetuneRecipe, teacher: Backbone, run: Path) -
 
 
 def _show(checks: Sequence[Check], seconds: float) -> None:
-    """Print all checks; none of those that hold where `--quiet` was asked for."""
+    """Print checks; with `--quiet` those that do not hold alone."""
     shown = [check for check in checks if console.shows_progress or not check.holds]
     if shown:
         console.print("before the training:")

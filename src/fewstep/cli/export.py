@@ -10,7 +10,7 @@ from ..backbones.load import quiet
 from ..backbones.student_scheduler import pipeline_nfe
 from ..report.words import plural
 from ..student.card import DTYPES, card_nfe
-from ..student.folder import HEAD_FILE, require_folder
+from ..student.folder import require_folder
 from ..student.formats import FORMATS, export, name_of
 from .loading import hashed
 from .preflight import require_parent
@@ -72,7 +72,7 @@ def run_export(
         f"largest difference of a pixel {found.difference:.1e}{rounded}"
     )
     if card.head and FORMATS[form].whole:
-        console.print(f"note: its head stays beside the network, in {HEAD_FILE}; sampling with it needs fewstep")
+        console.print("note: its head stays beside the network, in a file of its own; sampling with it needs fewstep")
     for line in in_other_programs(out, source):
         console.print(line, markup=False, highlight=False)
     put_result(
