@@ -804,7 +804,7 @@ def plot_rewards(record: Record, file: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.legend(fontsize=8)
     panels[0].set(ylabel="FD to real images", yscale="log")
-    panels[0].set_yticks([4, 6, 10, 20], list(map(str, (4, 6, 10, 20))))
+    panels[0].set_yticks([3, 4, 6, 10, 20], list(map(str, (3, 4, 6, 10, 20))))
     panels[0].minorticks_off()
     figure.savefig(file, dpi=110)
     plt.close(figure)
