@@ -1,6 +1,7 @@
 """`fewstep distill` as its user runs it: to the end, stopped and resumed, and with every mistake that comes to mind."""
 
 import json
+import re
 import os
 import signal
 from pathlib import Path
@@ -94,7 +95,7 @@ def test_stopped_and_resumed_is_the_straight_run_bit_for_bit(
     said = capsys.readouterr().out
     assert "resuming stopped at iteration 3 of 5" in said
     assert "try      fewstep sample stopped -p 'red cat' --compare" in said
-    assert "fewstep evaluate stopped<" in Path("stopped/report.html").read_text()
+    assert "fewstep evaluate stopped<" in re.sub("</?span>", "", Path("stopped/report.html").read_text())
     straight, resumed = weights(Path("straight")), weights(Path("stopped"))
     assert all(torch.equal(v, resumed[k]) for k, v in straight.items())
     losses = [
