@@ -1,5 +1,6 @@
 """The command line in this process, and the recipe of a five-iteration run."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,8 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
 
 def as_tensor(images: list[Image.Image]) -> Tensor:
     return torch.stack([torch.from_numpy(np.asarray(i)).permute(2, 0, 1) / 255 for i in images])
+
+
+def read_report(run: Path | str) -> str:
+    """A run's report, its commands without the marks around their words."""
+    return re.sub("</?span>", "", (Path(run) / "report.html").read_text())

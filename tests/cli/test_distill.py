@@ -1,7 +1,6 @@
 """`fewstep distill` as its user runs it: to the end, stopped and resumed, and with every mistake that comes to mind."""
 
 import json
-import re
 import os
 import signal
 from pathlib import Path
@@ -17,7 +16,7 @@ from fewstep.backbones import parts as backbone_parts
 from fewstep.cli import main
 from fewstep.training import loop, state
 
-from .common import error_of, fewstep
+from .common import error_of, fewstep, read_report
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -89,13 +88,13 @@ def test_stopped_and_resumed_is_the_straight_run_bit_for_bit(
     assert "stopped after iteration 3" in capsys.readouterr().out
     assert fewstep(monkeypatch, "report", "stopped") == 0
     assert capsys.readouterr().out.strip() == str(Path("stopped/report.html").resolve())
-    page = Path("stopped/report.html").read_text()
+    page = read_report("stopped")
     assert "Losses" in page and f"fewstep distill {recipe} --out stopped" in page
     assert fewstep(monkeypatch, "distill", recipe, "--out", "stopped") == 0
     said = capsys.readouterr().out
     assert "resuming stopped at iteration 3 of 5" in said
     assert "try      fewstep sample stopped -p 'red cat' --compare" in said
-    assert "fewstep evaluate stopped<" in re.sub("</?span>", "", Path("stopped/report.html").read_text())
+    assert "fewstep evaluate stopped<" in read_report("stopped")
     straight, resumed = weights(Path("straight")), weights(Path("stopped"))
     assert all(torch.equal(v, resumed[k]) for k, v in straight.items())
     losses = [
